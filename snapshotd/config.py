@@ -1,0 +1,186 @@
+"""Settings, read once from flags, environment and a TOML file, in that order of precedence.
+
+`DaemonConfig` is the daemon's; `ClientConfig` is what a trainer reads. Wrong values are refused with the allowed range;
+nothing else in the project looks at the environment for a setting.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from snapshotd.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb": 10**6, "mib": 2**20,
+         "g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}  # fmt: skip
+_T = TypeVar("_T", "DaemonConfig", "ClientConfig")
+
+
+def parse_bytes(text: str) -> int:
+    """`64GiB`, `512 MB` or a plain number of bytes. ConfigError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise ConfigError(f"{text!r} is no amount of memory; write it like 64GiB, 512MB or 1000000")
+    return int(float(match[1]) * UNITS[match[2].lower()])
+
+
+def default_socket(environment: Mapping[str, str]) -> Path:
+    """Where a daemon listens and a trainer looks if nobody says: the user's runtime directory, else /run."""
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "snapshotd.sock" if runtime else Path("/run/snapshotd.sock")
+
+
+@dataclass(frozen=True)
+class DaemonConfig:
+    """What `snapshotd serve` is told; each field is a flag, a key of the TOML file and SNAPSHOTD_<NAME>."""
+
+    node_id: str = ""
+    listen: str = ""
+    advertise: str = ""
+    socket: Path = Path("/run/snapshotd.sock")
+    shm_dir: Path = Path("/dev/shm/snapshotd")
+    memory_limit: int = 0
+    claim_wait_s: float = 10.0
+    lease_s: float = 24 * 3600.0
+    exit_idle: bool = False
+    crash: str = ""
+
+    def check(self) -> DaemonConfig:
+        """Self, if every value is allowed. ConfigError names the first that is not, and the range."""
+        _within("claim_wait", self.claim_wait_s, 0.0, 600.0, "seconds")
+        _within("lease", self.lease_s, 1.0, 90 * 24 * 3600.0, "seconds")
+        if self.memory_limit < 0:
+            raise ConfigError(f"memory_limit is {self.memory_limit}; it must be 0 (no limit of our own) or more")
+        if len(self.node_id.encode()) > 200:
+            raise ConfigError("node_id is a label for people of at most 200 bytes")
+        for name, value in (("listen", self.listen.removeprefix("tcp://")), ("advertise", self.advertise)):
+            if value:
+                parse_address(name, value)
+        if self.listen and not self.listen.startswith("tcp://"):
+            raise ConfigError(f"listen is {self.listen!r}; write it like tcp://127.0.0.1:7780")
+        host = parse_address("listen", self.listen.removeprefix("tcp://"))[0] if self.listen else "127.0.0.1"
+        if not (host == "localhost" or host == "::1" or host.startswith("127.")):
+            raise ConfigError(
+                f"listen is {self.listen!r}, which is not loopback: daemons do not authenticate each other yet, so "
+                f"anyone who reaches this port could read training state; use tcp://127.0.0.1:PORT"
+            )
+        if len(os.fsencode(self.socket)) > 100:
+            raise ConfigError(f"the socket's path {self.socket} is longer than the 100 bytes that Unix sockets allow")
+        return self
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """What a trainer reads from the environment (SNAPSHOTD_<NAME>); arguments of `protect` win over it."""
+
+    socket: Path = Path("/run/snapshotd.sock")
+    job: str = ""
+    wait_s: float = 10.0
+    gather_s: float = 120.0
+    copy_threads: int = 0
+    crash: str = ""
+
+    def check(self) -> ClientConfig:
+        """Self, if every value is allowed. ConfigError names the first that is not, and the range."""
+        _within("wait", self.wait_s, 0.0, 3600.0, "seconds")
+        _within("gather", self.gather_s, 1.0, 86400.0, "seconds")
+        _within("copy_threads", self.copy_threads, 0, 64, "threads (0: chosen from the cores)")
+        return self
+
+
+def load_daemon_config(
+    flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None
+) -> DaemonConfig:
+    """The daemon's settings: flags that are not None, then SNAPSHOTD_…, then the file, then defaults."""
+    settings = _from_file(file, DaemonConfig)
+    settings.update(_from_environment(environment, DaemonConfig))
+    settings.update({name: value for name, value in flags.items() if value is not None})
+    defaults = DaemonConfig(socket=default_socket(environment), shm_dir=Path(f"/dev/shm/snapshotd/{os.getuid()}"))
+    return _build(defaults, settings).check()
+
+
+def load_client_config(environment: Mapping[str, str]) -> ClientConfig:
+    """A trainer's settings from the environment."""
+    settings = _from_environment(environment, ClientConfig)
+    return _build(ClientConfig(socket=default_socket(environment)), settings).check()
+
+
+def parse_address(name: str, text: str) -> tuple[str, int]:
+    """`HOST:PORT` (`[::1]:PORT` for IPv6). ConfigError otherwise."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
+        raise ConfigError(f"{name} is {text!r}; write it like 127.0.0.1:7780, with a port below 65536")
+    return host.strip("[]"), int(port)
+
+
+def _from_file(file: Path | None, kind: type[_T]) -> dict[str, Any]:
+    if file is None:
+        return {}
+    try:
+        table = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"the configuration file {file} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {file} is not valid TOML: {error}") from None
+    known = {_public(one.name) for one in fields(kind)}
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise ConfigError(
+            f"{file} sets {unknown[0]!r}, which is no setting; the settings are {', '.join(sorted(known))}"
+        )
+    return {one.name: table[_public(one.name)] for one in fields(kind) if _public(one.name) in table}
+
+
+def _from_environment(environment: Mapping[str, str], kind: type[_T]) -> dict[str, Any]:
+    names = {one.name: f"SNAPSHOTD_{_public(one.name).upper()}" for one in fields(kind)}
+    return {name: environment[variable] for name, variable in names.items() if environment.get(variable)}
+
+
+def _build(defaults: _T, settings: Mapping[str, Any]) -> _T:
+    return replace(defaults, **{name: _convert(defaults, name, value) for name, value in settings.items()})
+
+
+def _convert(defaults: DaemonConfig | ClientConfig, name: str, value: Any) -> Any:
+    default = getattr(defaults, name)
+    public = _public(name)
+    try:
+        if name == "memory_limit":
+            return parse_bytes(str(value))
+        if isinstance(default, bool):
+            return _boolean(value)
+        if isinstance(default, Path):
+            return Path(str(value)).expanduser().absolute()
+        return type(default)(value)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError):
+        raise ConfigError(f"{public} is {value!r}, which is no {type(default).__name__}") from None
+
+
+def _boolean(value: Any) -> bool:
+    text = str(value).strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(text)
+
+
+def _public(name: str) -> str:
+    """A field's name for users: its unit is in the documentation, not in the flag."""
+    return name.removesuffix("_s")
+
+
+def _within(name: str, value: float, low: float, high: float, unit: str) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} is {value:g}; it must lie between {low:g} and {high:g} {unit}")

@@ -1,0 +1,304 @@
+"""Messages: what trainers, daemons and tools say to one another, and the frame that carries each.
+
+A frame is `magic(4) version(2) reserved(2) length(4) crc32(4)` in little endian, then `length` bytes of msgpack, one
+tagged message. Whoever reads trusts nothing: wrong magic, another version, a length above `FRAME_BYTES_MAX`, a wrong
+checksum, an unknown tag or a field out of range each raise `ProtocolError` with a short `reason` to count it under.
+After a bad frame the stream cannot be trusted to be in step, so its reader closes the connection.
+
+Version rule: a field may be added with a default; anything else raises `WIRE_VERSION`.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import Annotated, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Meta, Struct
+
+from snapshotd.errors import ProtocolError
+
+MAGIC = b"SNPD"
+WIRE_VERSION = 1
+FRAME_BYTES_MAX = 4 << 20
+_HEADER = struct.Struct("<4sHHII")
+HEADER_BYTES = _HEADER.size
+
+Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
+Text: TypeAlias = Annotated[str, Meta(max_length=4000)]
+Id16: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Digest32: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
+Rank: TypeAlias = Annotated[int, Meta(ge=0, lt=2**20)]
+
+
+class GenerationId(Struct, frozen=True, order=True, array_like=True):
+    """One fixed membership of a job. The nonce, drawn by rank 0, tells apart two that picked the same number."""
+
+    number: Count
+    nonce: Id16
+
+    def __str__(self) -> str:
+        return f"{self.number}-{self.nonce[:3].hex()}"
+
+
+class SnapshotId(Struct, frozen=True, order=True, array_like=True):
+    """All shards of one step, named by the generation that made them, also after another inherited them."""
+
+    generation: GenerationId
+    step: Count
+
+    def __str__(self) -> str:
+        return f"step {self.step} (generation {self.generation})"
+
+
+# --- what a node holds ----------------------------------------------------------------------------
+
+
+class Shard(Struct, frozen=True):
+    """One rank's bytes of one snapshot, as a node reports them. `progress` is the name of a slot state."""
+
+    snapshot: SnapshotId
+    arena: Id16
+    slot: Annotated[int, Meta(ge=0, lt=64)]
+    progress: Annotated[str, Meta(max_length=16)]
+    rank: Rank
+    world_size: Count
+    fingerprint: Digest32
+    file_bytes: Count
+
+
+class ArenaReport(Struct, frozen=True):
+    """One arena of a job: whose it is, and what became of it."""
+
+    arena: Id16
+    rank: Rank
+    generation: GenerationId
+    slot_bytes: Count
+    block_bytes: Count
+    last_commit: Count
+    ever_committed: bool
+    restored: SnapshotId | None = None
+
+
+class Inventory(Struct, frozen=True):
+    """What one node holds of one job. `damaged` has a sentence for each thing that was there and cannot be used."""
+
+    node: Id16
+    label: Text
+    shards: list[Shard]
+    arenas: list[ArenaReport]
+    damaged: list[Text] = []
+
+
+# --- trainer or tool to daemon --------------------------------------------------------------------
+
+
+class Hello(Struct, frozen=True, tag=True):
+    """First message of a connection."""
+
+    role: Annotated[str, Meta(max_length=16)]  # "trainer" or "tool"
+    pid: Count
+
+
+class TakeInventory(Struct, frozen=True, tag=True):
+    """What is left of this job? Fences the generations that the daemon knows of it."""
+
+    job: Name
+
+
+class Attach(Struct, frozen=True, tag=True):
+    """Give this rank an arena in this generation: a new one, or an inherited one by id.
+
+    `replaces` names the arena that this rank holds already and that became too small for its layout.
+    """
+
+    job: Name
+    generation: GenerationId
+    rank: Rank
+    world_size: Annotated[int, Meta(ge=1, lt=2**20)]
+    local_index: Rank
+    local_ranks: list[Rank]
+    every: Annotated[int, Meta(ge=1, lt=2**40)]
+    slot_bytes: Count
+    block_bytes: Count
+    fingerprint: Digest32
+    parity: Annotated[int, Meta(ge=0, lt=255)] = 2
+    group_size: Annotated[int, Meta(ge=1, lt=256)] = 8
+    numa_node: Annotated[int, Meta(ge=-1, lt=4096)] = -1
+    passed: Count = 0
+    arena: Id16 | None = None
+    replaces: Id16 | None = None
+    restored: SnapshotId | None = None
+
+
+class Held(Struct, frozen=True, tag=True):
+    """The trainer has the record lock of this arena."""
+
+    arena: Id16
+
+
+class OpenShard(Struct, frozen=True, tag=True):
+    """Let me read this shard; it stays pinned until `CloseShard` or the end of the connection."""
+
+    arena: Id16
+    slot: Annotated[int, Meta(ge=0, lt=64)]
+    snapshot: SnapshotId
+
+
+class CloseShard(Struct, frozen=True, tag=True):
+    """The end of `OpenShard`."""
+
+    arena: Id16
+    slot: Annotated[int, Meta(ge=0, lt=64)]
+
+
+class Quarantine(Struct, frozen=True, tag=True):
+    """A reader found bytes that fail their checksum: never offer this shard again."""
+
+    arena: Id16
+    slot: Annotated[int, Meta(ge=0, lt=64)]
+    snapshot: SnapshotId
+    why: Text
+
+
+class Close(Struct, frozen=True, tag=True):
+    """This rank's run is over and wants nothing back: once every rank of the node said so, its memory is freed."""
+
+    arena: Id16
+
+
+class AskStatus(Struct, frozen=True, tag=True):
+    """What a person wants to know. Never fences, never changes anything."""
+
+
+class Collect(Struct, frozen=True, tag=True):
+    """Dismiss what is kept for jobs that no trainer holds: of one job, of one generation, or all of it."""
+
+    job: Name | None = None
+    generation: Count | None = None
+
+
+class Stop(Struct, frozen=True, tag=True):
+    """End the daemon; arenas stay in memory for the next one."""
+
+
+# --- daemon's answers -----------------------------------------------------------------------------
+
+
+class Welcome(Struct, frozen=True, tag=True):
+    """Answer to `Hello`."""
+
+    node: Id16
+    label: Text
+    pid: Count
+    claim_wait_s: float
+
+
+class InventoryTaken(Struct, frozen=True, tag=True):
+    """Answer to `TakeInventory`."""
+
+    inventory: Inventory
+
+
+class Granted(Struct, frozen=True, tag=True):
+    """Answer to `Attach`; three descriptors come with it: the arena, its lock file, an eventfd to ring."""
+
+    arena: Id16
+    slot_bytes: Count
+
+
+class ShardOpened(Struct, frozen=True, tag=True):
+    """Answer to `OpenShard`; one read-only descriptor of the arena comes with it."""
+
+    slot_offset: Count
+    slot_bytes: Count
+
+
+class StatusReport(Struct, frozen=True, tag=True):
+    """Answer to `AskStatus`: a JSON document, described in docs/status.md."""
+
+    document: bytes
+
+
+class Collected(Struct, frozen=True, tag=True):
+    """Answer to `Collect`."""
+
+    arenas: Count
+    freed_bytes: Count
+    kept: list[Text]
+
+
+class Done(Struct, frozen=True, tag=True):
+    """Answer to what has nothing else to say."""
+
+
+class Refusal(Struct, frozen=True, tag=True):
+    """The daemon understood and says no; `kind` is one of `errors.REFUSALS`."""
+
+    kind: Annotated[str, Meta(max_length=32)]
+    sentence: Text
+    facts: dict[str, int | str] = {}
+
+
+Request: TypeAlias = (
+    Hello | TakeInventory | Attach | Held | OpenShard | CloseShard | Quarantine | Close | AskStatus | Collect | Stop
+)
+Reply: TypeAlias = Welcome | InventoryTaken | Granted | ShardOpened | StatusReport | Collected | Done | Refusal
+Message: TypeAlias = Request | Reply
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+
+
+def pack(message: Message) -> bytes:
+    """The frame of a message. ProtocolError if it is longer than a frame may be."""
+    body = _encoder.encode(message)
+    if len(body) > FRAME_BYTES_MAX:
+        raise ProtocolError("oversized", f"a message of {len(body)} bytes exceeds the limit of {FRAME_BYTES_MAX}")
+    return _HEADER.pack(MAGIC, WIRE_VERSION, 0, len(body), zlib.crc32(body)) + body
+
+
+def body_length(header: bytes) -> int:
+    """Length of the body that a frame's first `HEADER_BYTES` bytes announce. ProtocolError if they are no header."""
+    if len(header) < HEADER_BYTES:
+        raise ProtocolError("truncated", f"a frame's header has {HEADER_BYTES} bytes, not {len(header)}")
+    magic, version, _, length, _ = _HEADER.unpack_from(header)
+    if magic != MAGIC:
+        raise ProtocolError("magic", f"the bytes {magic!r} begin no message of snapshotd")
+    if version != WIRE_VERSION:
+        raise ProtocolError(
+            "version",
+            f"the other side speaks wire version {version} and this one {WIRE_VERSION}: install the same release",
+        )
+    if length > FRAME_BYTES_MAX:
+        raise ProtocolError("oversized", f"a message announces {length} bytes; the limit is {FRAME_BYTES_MAX}")
+    return int(length)
+
+
+def unpack_request(frame: bytes) -> Request:
+    """The request in a whole frame. ProtocolError if it is not exactly one valid request."""
+    return _decode(_request_decoder, frame)
+
+
+def unpack_reply(frame: bytes) -> Reply:
+    """The reply in a whole frame. ProtocolError if it is not exactly one valid reply."""
+    return _decode(_reply_decoder, frame)
+
+
+_T = TypeVar("_T")
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
+    length = body_length(frame)
+    body = memoryview(frame)[HEADER_BYTES:]
+    if len(body) != length:
+        raise ProtocolError("truncated", f"a message announces {length} bytes and has {len(body)}")
+    if zlib.crc32(body) != _HEADER.unpack_from(frame)[4]:
+        raise ProtocolError("checksum", "a message arrived with a wrong checksum")
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise ProtocolError("content", f"a message does not follow the protocol: {error}") from None
