@@ -1,0 +1,30 @@
+// Moving bytes between tensors and a slot: dense pieces with a choice of stores, strided ones by their dimensions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common.hpp"
+#include "plan.hpp"
+
+namespace snapshotd {
+
+// Copies stay in pieces of this size, so that a piece is still in the L1 cache when it is checksummed, and a
+// cancelled copy stops soon.
+constexpr size_t kPieceBytes = 4096;
+
+// Non-temporal stores go past the caches: no line is read before it is overwritten. Follow them with store_fence().
+enum class Stores : int { temporal, non_temporal };
+
+void copy_dense(byte* to, const byte* from, size_t bytes, Stores stores) noexcept;
+
+// Orders non-temporal stores of this thread before whatever it stores next.
+void store_fence() noexcept;
+
+// Copies from a slot's bytes into the items' memory.
+void scatter(const byte* slot, uint64_t slot_bytes, const ItemTable& items, int threads);
+
+// A plain memcpy by several threads, the yardstick of the benchmarks.
+void copy_plain(byte* to, const byte* from, uint64_t bytes, int threads);
+
+}  // namespace snapshotd

@@ -1,0 +1,210 @@
+#include "crc32c.hpp"
+
+#include <array>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <arm_acle.h>
+#include <sys/auxv.h>
+#ifndef HWCAP_CRC32
+#define HWCAP_CRC32 (1 << 7)
+#endif
+#endif
+
+namespace snapshotd {
+
+namespace {
+
+// A register of 32 bits is a polynomial in reflected order: bit 31 stands for x^0, bit 0 for x^31.
+constexpr uint32_t kPolynomial = 0x82F63B78;
+
+constexpr uint32_t times_x(uint32_t value) { return (value >> 1) ^ ((value & 1) ? kPolynomial : 0); }
+
+using Tables = std::array<std::array<uint32_t, 256>, 8>;
+
+// tables[k][b]: what byte b does to the register when k more zero bytes follow it.
+constexpr Tables make_tables() {
+    Tables tables{};
+    for (uint32_t b = 0; b < 256; ++b) {
+        uint32_t value = b;
+        for (int bit = 0; bit < 8; ++bit) value = times_x(value);
+        tables[0][b] = value;
+    }
+    for (size_t k = 1; k < 8; ++k) {
+        for (uint32_t b = 0; b < 256; ++b) {
+            tables[k][b] = (tables[k - 1][b] >> 8) ^ tables[0][tables[k - 1][b] & 0xFF];
+        }
+    }
+    return tables;
+}
+
+constexpr Tables kTables = make_tables();
+
+uint32_t extend_table(uint32_t state, const void* data, size_t bytes) {
+    auto* p = static_cast<const unsigned char*>(data);
+    for (; bytes >= 8; p += 8, bytes -= 8) {
+        state ^= uint32_t{p[0]} | uint32_t{p[1]} << 8 | uint32_t{p[2]} << 16 | uint32_t{p[3]} << 24;
+        state = kTables[7][state & 0xFF] ^ kTables[6][(state >> 8) & 0xFF] ^ kTables[5][(state >> 16) & 0xFF] ^
+                kTables[4][state >> 24] ^ kTables[3][p[4]] ^ kTables[2][p[5]] ^ kTables[1][p[6]] ^ kTables[0][p[7]];
+    }
+    for (; bytes > 0; ++p, --bytes) state = (state >> 8) ^ kTables[0][(state ^ *p) & 0xFF];
+    return state;
+}
+
+bool always() { return true; }
+
+#if defined(__x86_64__)
+
+constexpr uint32_t x_to_the(unsigned power) {
+    uint32_t value = 0x80000000;
+    for (unsigned i = 0; i < power; ++i) value = times_x(value);
+    return value;
+}
+
+inline uint64_t load64(const unsigned char* p) {
+    uint64_t value;
+    std::memcpy(&value, p, sizeof value);
+    return value;
+}
+
+#define SNAPSHOTD_SSE42 __attribute__((target("sse4.2,pclmul")))
+
+SNAPSHOTD_SSE42 inline uint32_t extend_words(uint32_t state, const unsigned char* p, size_t bytes) {
+    uint64_t wide = state;
+    for (; bytes >= 8; p += 8, bytes -= 8) wide = _mm_crc32_u64(wide, load64(p));
+    state = static_cast<uint32_t>(wide);
+    for (; bytes > 0; ++p, --bytes) state = _mm_crc32_u8(state, *p);
+    return state;
+}
+
+// The register after `factor`'s number of zero bytes. A carry-less product of two reflected 32-bit values, read as
+// a 64-bit message, stands for product * x; the crc instruction multiplies by x^32: so the factor for n zero bytes
+// is x^(8n - 33).
+SNAPSHOTD_SSE42 inline uint32_t shift(uint32_t state, uint32_t factor) {
+    __m128i product = _mm_clmulepi64_si128(_mm_cvtsi32_si128(static_cast<int>(state)),
+                                           _mm_cvtsi32_si128(static_cast<int>(factor)), 0x00);
+    return static_cast<uint32_t>(_mm_crc32_u64(0, static_cast<uint64_t>(_mm_cvtsi128_si64(product))));
+}
+
+// The instruction takes three cycles and one can start in each: three independent thirds keep it busy.
+template <size_t third>
+SNAPSHOTD_SSE42 inline uint32_t extend_three(uint32_t state, const unsigned char* p) {
+    constexpr uint32_t over_one = x_to_the(8 * third - 33);
+    constexpr uint32_t over_two = x_to_the(16 * third - 33);
+    uint64_t a = state, b = 0, c = 0;
+    for (size_t i = 0; i < third; i += 8) {
+        a = _mm_crc32_u64(a, load64(p + i));
+        b = _mm_crc32_u64(b, load64(p + third + i));
+        c = _mm_crc32_u64(c, load64(p + 2 * third + i));
+    }
+    return shift(static_cast<uint32_t>(a), over_two) ^ shift(static_cast<uint32_t>(b), over_one) ^
+           static_cast<uint32_t>(c);
+}
+
+SNAPSHOTD_SSE42 uint32_t extend_sse42(uint32_t state, const void* data, size_t bytes) {
+    constexpr size_t large = 1360, small = 168;  // three large ones just fit into the copy engine's 4 KiB piece
+    auto* p = static_cast<const unsigned char*>(data);
+    for (; bytes >= 3 * large; p += 3 * large, bytes -= 3 * large) state = extend_three<large>(state, p);
+    for (; bytes >= 3 * small; p += 3 * small, bytes -= 3 * small) state = extend_three<small>(state, p);
+    return extend_words(state, p, bytes);
+}
+
+bool supports_sse42() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"); }
+
+#define SNAPSHOTD_VPCLMUL __attribute__((target("sse4.2,pclmul,avx512f,avx512vl,vpclmulqdq")))
+
+// Folding moves each 128-bit lane `bits` further along the message, modulo the polynomial. In reflected order the
+// low quadword is the high-degree half, and a carry-less product of 64-bit values comes out multiplied by x.
+#define SNAPSHOTD_FOLD_LOW(bits) static_cast<long long>(uint64_t{x_to_the((bits) + 63)} << 32)
+#define SNAPSHOTD_FOLD_HIGH(bits) static_cast<long long>(uint64_t{x_to_the((bits)-1)} << 32)
+
+template <unsigned bits>
+SNAPSHOTD_VPCLMUL inline __m512i fold(__m512i value, __m512i onto) {
+    constexpr long long low = SNAPSHOTD_FOLD_LOW(bits), high = SNAPSHOTD_FOLD_HIGH(bits);
+    const __m512i k = _mm512_set_epi64(high, low, high, low, high, low, high, low);
+    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(value, k, 0x00),
+                                     _mm512_clmulepi64_epi128(value, k, 0x11), onto, 0x96);
+}
+
+template <unsigned bits>
+SNAPSHOTD_VPCLMUL inline __m128i fold_lane(__m128i value, __m128i onto) {
+    constexpr long long low = SNAPSHOTD_FOLD_LOW(bits), high = SNAPSHOTD_FOLD_HIGH(bits);
+    const __m128i k = _mm_set_epi64x(high, low);
+    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(value, k, 0x00), _mm_clmulepi64_si128(value, k, 0x11)),
+                         onto);
+}
+
+SNAPSHOTD_VPCLMUL uint32_t extend_vpclmul(uint32_t state, const void* data, size_t bytes) {
+    auto* p = static_cast<const unsigned char*>(data);
+    if (bytes < 512) return extend_sse42(state, data, bytes);
+    __m512i a = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
+    __m512i b = _mm512_loadu_si512(p + 64), c = _mm512_loadu_si512(p + 128), d = _mm512_loadu_si512(p + 192);
+    for (p += 256, bytes -= 256; bytes >= 256; p += 256, bytes -= 256) {
+        a = fold<2048>(a, _mm512_loadu_si512(p));
+        b = fold<2048>(b, _mm512_loadu_si512(p + 64));
+        c = fold<2048>(c, _mm512_loadu_si512(p + 128));
+        d = fold<2048>(d, _mm512_loadu_si512(p + 192));
+    }
+    a = fold<512>(fold<512>(fold<512>(a, b), c), d);
+    for (; bytes >= 64; p += 64, bytes -= 64) a = fold<512>(a, _mm512_loadu_si512(p));
+    alignas(64) __m128i lanes[4];
+    _mm512_store_si512(lanes, a);
+    __m128i lane = fold_lane<128>(fold_lane<128>(fold_lane<128>(lanes[0], lanes[1]), lanes[2]), lanes[3]);
+    // What is left of the message so far is these 16 bytes, with an empty register before them.
+    uint64_t wide = _mm_crc32_u64(0, static_cast<uint64_t>(_mm_extract_epi64(lane, 0)));
+    wide = _mm_crc32_u64(wide, static_cast<uint64_t>(_mm_extract_epi64(lane, 1)));
+    return extend_words(static_cast<uint32_t>(wide), p, bytes);
+}
+
+bool supports_vpclmul() {
+    return supports_sse42() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("vpclmulqdq");
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+
+__attribute__((target("+crc"))) uint32_t extend_arm(uint32_t state, const void* data, size_t bytes) {
+    auto* p = static_cast<const unsigned char*>(data);
+    for (; bytes >= 8; p += 8, bytes -= 8) {
+        uint64_t word;
+        std::memcpy(&word, p, sizeof word);
+        state = __crc32cd(state, word);
+    }
+    for (; bytes > 0; ++p, --bytes) state = __crc32cb(state, *p);
+    return state;
+}
+
+bool supports_arm() { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
+
+#endif
+
+constexpr CrcTier kTiers[] = {
+#if defined(__x86_64__)
+    {"vpclmul", supports_vpclmul, extend_vpclmul},
+    {"sse42", supports_sse42, extend_sse42},
+#elif defined(__aarch64__) && defined(__linux__)
+    {"arm", supports_arm, extend_arm},
+#endif
+    {"table", always, extend_table},
+};
+
+std::vector<CrcTier> supported_tiers() {
+    std::vector<CrcTier> found;
+    for (const CrcTier& tier : kTiers) {
+        if (tier.supported()) found.push_back(tier);
+    }
+    return found;
+}
+
+}  // namespace
+
+const std::vector<CrcTier>& crc_tiers() {
+    static const std::vector<CrcTier> tiers = supported_tiers();
+    return tiers;
+}
+
+uint32_t (*crc_extend)(uint32_t, const void*, size_t) = crc_tiers().front().extend;
+
+}  // namespace snapshotd
