@@ -8,16 +8,12 @@
 
 #include <algorithm>
 #include <cstring>
-#include <mutex>
 
+#include "copy.hpp"
 #include "crash.hpp"
 #include "crc32c.hpp"
 #include "parallel.hpp"
 #include "reserve.hpp"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace snapshotd {
 
@@ -28,12 +24,6 @@ constexpr uint32_t kSealed = 0xC35AA53C;
 
 std::atomic<uint32_t> forks{0};
 const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
-
-void store_fence() {
-#if defined(__x86_64__)
-    _mm_sfence();  // non-temporal stores are not ordered by release
-#endif
-}
 
 bool is_past_filling(uint32_t state) { return state == kFull || state == kProtected || state == kCommitted; }
 
@@ -218,23 +208,12 @@ Geometry Geometry::checked(uint64_t slots, uint64_t slot_bytes, uint64_t block_b
 
 // --- mapping
 
-namespace {
-
-byte* map_file(int fd, uint64_t bytes, bool writable) {
-    void* base = mmap(nullptr, bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, 0);
-    if (base == MAP_FAILED) throw OsError(errno, "the arena cannot be mapped: " + describe(errno));
-    return static_cast<byte*>(base);
-}
-
-}  // namespace
-
 Mapping::Mapping(int fd, uint64_t bytes, bool writable, bool exclude_from_fork)
-    : base(map_file(fd, bytes, writable)),
+    : base(map_shared(fd, bytes, writable)),
       bytes(bytes),
       writable(writable),
       excluded_from_fork_(exclude_from_fork),
       made_at_(fork_count()) {
-    madvise(base, bytes, MADV_HUGEPAGE);
     if (exclude_from_fork && madvise(base, bytes, MADV_DONTFORK) != 0) {
         int error = errno;
         munmap(base, bytes);
@@ -438,7 +417,7 @@ void Arena::publish(uint32_t index, uint64_t file_bytes) {
     entry.seal.store(seal_of(*map, index, file_bytes), std::memory_order_relaxed);
     entry.sealed.store(kSealed, std::memory_order_relaxed);
     crash_point(CrashPoint::publish_before);
-    store_fence();
+    store_fence();  // release alone does not order this thread's non-temporal stores
     uint32_t expected = kFilling;
     if (!entry.state.compare_exchange_strong(expected, kFull, std::memory_order_release)) {
         throw std::invalid_argument("slot " + std::to_string(index) + " was taken away while it was published");

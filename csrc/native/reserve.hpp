@@ -4,7 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common.hpp"
+
 namespace snapshotd {
+
+// Maps a file, shared, at an address where its huge pages can be mapped as such. OsError where that fails.
+byte* map_shared(int fd, uint64_t bytes, bool writable);
 
 // Gives the file `total_bytes` of pages. Throws OsError(ENOSPC) where there is no room; the file is empty then.
 void reserve(int fd, uint64_t total_bytes, int numa_node);

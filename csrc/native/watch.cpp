@@ -79,6 +79,10 @@ bool Watch::add_link(PyObject* container, PyObject* key, PyObject* expected) {
         link.kind = Kind::list;
         link.position = PyLong_AsSsize_t(key);
         if (link.position == -1 && PyErr_Occurred()) return false;
+        if (link.position < 0) {
+            PyErr_SetString(PyExc_ValueError, "the key of a list must be 0 or more");
+            return false;
+        }
     } else {
         link.kind = Kind::attribute;
         if (!PyUnicode_Check(key)) {
@@ -102,7 +106,7 @@ bool Watch::holds(const Link& link) {
         case Kind::dict:
             return look_up(link.container, link.key, link.hash) == link.expected;
         case Kind::list:
-            return link.position >= 0 && link.position < PyList_GET_SIZE(link.container) &&
+            return link.position < PyList_GET_SIZE(link.container) &&
                    PyList_GET_ITEM(link.container, link.position) == link.expected;
         case Kind::attribute: {
             PyObject* found = PyObject_GetAttr(link.container, link.key);
