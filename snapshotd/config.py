@@ -115,6 +115,26 @@ def load_client_config(environment: Mapping[str, str]) -> ClientConfig:
     return _build(ClientConfig(socket=default_socket(environment)), settings).check()
 
 
+def job_name(explicit: str | None, environment: Mapping[str, str]) -> str:
+    """The job's name: `job=`, SNAPSHOTD_JOB, SLURM_JOB_ID, or an explicit rendezvous id of torchrun.
+
+    ConfigError where there is none, since a restarted job finds its snapshots by its name alone.
+    """
+    slurm = environment.get("SLURM_JOB_ID")
+    rendezvous = environment.get("TORCHELASTIC_RUN_ID", "")
+    random_id = re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", rendezvous)
+    known = "" if rendezvous == "none" or random_id else rendezvous
+    name = explicit or environment.get("SNAPSHOTD_JOB") or (f"slurm-{slurm}" if slurm else known)
+    if not name:
+        raise ConfigError(
+            "this job has no name that a restart would carry again (torchrun's own run id is `none` or random), so its "
+            'snapshots could not be found; pass job="..." to protect(), set SNAPSHOTD_JOB, or give torchrun --rdzv-id'
+        )
+    if len(name.encode()) > 200 or any(ord(character) < 32 for character in name):
+        raise ConfigError(f"the job's name {name[:40]!r}… must be at most 200 bytes without control characters")
+    return name
+
+
 def parse_address(name: str, text: str) -> tuple[str, int]:
     """`HOST:PORT` (`[::1]:PORT` for IPv6). ConfigError otherwise."""
     host, colon, port = text.rpartition(":")

@@ -1,0 +1,225 @@
+"""A rank's arena in its trainer's hands: claim a slot, let the engine fill it, publish it or give it up.
+
+One copy at a time. `begin` belongs to the training loop; `settle` may come from the loop (before the optimizer writes)
+or from the link's thread (when the engine is done), whichever is first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from snapshotd import _native, wire
+from snapshotd.clock import Clock
+from snapshotd.door_client import DoorClient
+from snapshotd.errors import RankClaimed, SnapshotError
+from snapshotd.faults import crash_point
+from snapshotd_client.layout import Layout
+
+COPY_MAX_S = 120.0
+LOCK_WAIT_S = 5.0
+_ZEROS = bytes(1 << 20)
+_lock_fds: list[int] = []  # never closed: closing any descriptor of a lock file would let go of its record lock
+
+
+@dataclass(frozen=True)
+class Session:
+    """Who this rank is in which generation of which job."""
+
+    job: str
+    generation: wire.GenerationId
+    rank: int
+    world_size: int
+    local_ranks: tuple[int, ...]
+    every: int
+    parity: int
+    group_size: int
+    restored: wire.SnapshotId | None = None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """How a copy ended: `skipped` has the reason where nothing was published."""
+
+    step: int
+    skipped: str = ""
+    copy_s: float = 0.0
+
+
+@dataclass
+class _Running:
+    slot: int
+    step: int
+    layout: Layout
+
+
+class Copier:
+    """The arena, its engine and the bell of the daemon."""
+
+    def __init__(self, arena: _native.Arena, bell_fd: int, threads: int) -> None:
+        self.arena, self.bell_fd = arena, bell_fd
+        self.engine = _native.Engine(arena, threads)
+        self.stores = self.engine.calibrate()
+        self._lock = threading.Lock()
+        self._running: _Running | None = None
+        self._prepared: dict[int, bytes] = {}
+        self._host_lengths: dict[int, int] = {}
+        self._views = [arena.slot_view(index) for index in range(arena.slots)]
+
+    def prepare(self, layout: Layout) -> None:
+        """Write the file's header into every empty slot ahead of time."""
+        for index in range(self.arena.slots):
+            if self.arena.slot(index).state == _native.EMPTY:
+                self._write_header(index, layout)
+
+    def _write_header(self, index: int, layout: Layout) -> None:
+        manifest = layout.manifest
+        if self._prepared.get(index) == manifest.fingerprint:
+            return
+        view = self._views[index]
+        view[: len(manifest.header)] = manifest.header
+        for start in range(manifest.file_bytes, self.arena.slot_bytes, len(_ZEROS)):
+            length = min(len(_ZEROS), self.arena.slot_bytes - start)
+            view[start : start + length] = _ZEROS[:length]
+        self._prepared[index] = manifest.fingerprint
+        self._host_lengths[index] = layout.host_place[1]
+
+    def begin(self, layout: Layout, session: Session, step: int, host: bytes, wake_fd: int) -> str:
+        """Claim a slot and start the copy; the reason in words if this step goes without."""
+        generation = session.generation
+        index = self.arena.claim(
+            generation=generation.number,
+            nonce=generation.nonce,
+            step=step,
+            rank=session.rank,
+            world_size=session.world_size,
+            fingerprint=layout.manifest.fingerprint,
+        )
+        if index < 0:
+            return "no slot was free"
+        try:
+            self._write_header(index, layout)
+            self._write_host(index, layout, host)
+            crash_point("cut.hosted")
+            layout.versions.note_versions()
+            self.engine.begin(layout.plan, index, wake_fd)
+        except BaseException:
+            self.arena.empty(index)
+            raise
+        self._running = _Running(index, step, layout)
+        return ""
+
+    def _write_host(self, index: int, layout: Layout, host: bytes) -> None:
+        place, _ = layout.host_place
+        view, before = self._views[index], self._host_lengths[index]
+        view[place : place + len(host)] = host
+        if before > len(host):
+            view[place + len(host) : place + before] = bytes(before - len(host))
+        self._host_lengths[index] = len(host)
+
+    def busy(self) -> bool:
+        """A copy was begun and is not settled."""
+        return self._running is not None
+
+    def settle(self, timeout_s: float = COPY_MAX_S) -> Settled | None:
+        """Wait for the copy, then publish it, unless a tensor was written meanwhile. None where nothing was begun."""
+        if self._running is None:
+            return None
+        done = self.engine.wait(timeout_s)
+        with self._lock:
+            running = self._running
+            if running is None:
+                return None
+            reason = "" if done else f"the copy took longer than {timeout_s:g} s"
+            if not done:
+                self.engine.cancel()
+            moved = running.layout.versions.versions_moved() if done else -1
+            if moved >= 0:
+                name = running.layout.parts_later_name(moved)
+                reason = f"{name} was written between guard.step() and the next optimizer step"
+            if reason:
+                self.arena.empty(running.slot)
+            else:
+                self.arena.publish(running.slot, running.layout.manifest.file_bytes)
+            self._running = None
+        self.ring()
+        return Settled(running.step, reason, self.engine.seconds())
+
+    def ring(self) -> None:
+        """Tell the daemon to look. A bell that is gone is a daemon that is gone: the link sees that by itself."""
+        with contextlib.suppress(OSError):
+            os.write(self.bell_fd, (1).to_bytes(8, "little"))
+
+    def new_bell(self, fd: int) -> None:
+        """A restarted daemon listens to another descriptor."""
+        old, self.bell_fd = self.bell_fd, fd
+        with contextlib.suppress(OSError):
+            os.close(old)
+
+    def close(self) -> None:
+        """Cancel what runs, end the threads, unmap. The record lock stays until the process ends."""
+        with self._lock:
+            running, self._running = self._running, None
+            self.engine.close()
+            if running is not None:
+                self.arena.empty(running.slot)
+            for view in self._views:
+                view.release()
+            self._views = []
+            with contextlib.suppress(BufferError):
+                self.arena.close()
+            with contextlib.suppress(OSError):
+                os.close(self.bell_fd)
+
+
+@dataclass(frozen=True)
+class Grant:
+    """An arena that this process holds: its mapping is still to be made."""
+
+    arena_id: bytes
+    arena_fd: int
+    bell_fd: int
+
+    def map(self, threads: int) -> Copier:
+        """Map, touch every page now rather than in the first copy, and start the engine."""
+        try:
+            arena = _native.Arena(self.arena_fd, writable=True, populate=True, exclude_from_fork=True)
+        finally:
+            os.close(self.arena_fd)
+        crash_point("claim.mapped")
+        return Copier(arena, self.bell_fd, threads)
+
+
+def claim(door: DoorClient, request: wire.Attach, clock: Clock, pause: Callable[[float], object]) -> Grant:
+    """Ask for an arena and hold it by its record lock. Refused, DaemonUnavailable or ProtocolError as the door says."""
+    reply, fds = door.ask(request)
+    if not isinstance(reply, wire.Granted) or len(fds) != 3:
+        for fd in fds:
+            os.close(fd)
+        raise SnapshotError("the daemon answered a claim with something else; install the same release on both sides")
+    arena_fd, lock_fd, bell_fd = fds
+    crash_point("claim.granted")
+    _lock_fds.append(lock_fd)
+    _take_lock(lock_fd, request.rank, clock, pause)
+    crash_point("claim.locked")
+    door.ask(wire.Held(reply.arena))
+    return Grant(reply.arena, arena_fd, bell_fd)
+
+
+def _take_lock(fd: int, rank: int, clock: Clock, pause: Callable[[float], object]) -> None:
+    deadline_s = clock.monotonic_s() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError:
+            if clock.monotonic_s() > deadline_s:
+                raise RankClaimed(
+                    f"rank {rank} is held by another process that does not let go; end it before this one trains",
+                    rank=rank,
+                ) from None
+            pause(0.002)

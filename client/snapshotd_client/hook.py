@@ -1,0 +1,558 @@
+"""The guard: where a training loop meets its snapshots.
+
+`guard.step()` at the end of the loop body is the cut. It captures what is small and changes soon, claims a slot, starts
+the copy and returns; the optimizer's own pre-hook waits for what is left of that copy before weights may change. Calls,
+in order, and who makes them:
+
+1. `protect()`            the user, once, on every rank: hooks, agreement on the generation
+2. `Guard.restore()`      the user, once, before the loop
+3. `Guard.step()`         the loop, at the end of its body      -> `_cut`
+4. `_before_optimizer`    the optimizer, before it writes       -> the copy is over after it
+5. `_after_optimizer`     the optimizer, after it wrote         -> the next cut has something to take
+6. `_copy_done`           the link's thread, when the engine is done -> publish
+7. `Guard.close()`        the user, at the end
+
+Without 3 the guard works from the hooks alone, best effort (docs/guide.md lists the limits). Nothing in 3 to 6 raises.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from snapshotd import faults, wire
+from snapshotd.clock import Clock
+from snapshotd.config import ClientConfig
+from snapshotd.door_client import DoorClient
+from snapshotd.errors import (
+    ConfigError,
+    DaemonUnavailable,
+    ProtocolError,
+    Refused,
+    SnapshotLost,
+)
+from snapshotd_client import hoststate, layout
+from snapshotd_client import restore as restoring
+from snapshotd_client.agree import Peers
+from snapshotd_client.copier import Copier, Session, Settled, claim
+from snapshotd_client.layout import Layout
+from snapshotd_client.link import Link, attach_request, changed
+from snapshotd_client.state import TrainingState
+
+log = logging.getLogger("snapshotd")
+HOOK_ONLY_AFTER = 8  # optimizer steps without a guard.step() that say the loop has none
+CLOSE_WAIT_S = 30.0
+
+
+class Guard:
+    """Protects one training run on one rank. Made by `protect`; also a context manager that closes itself."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        peers: Peers,
+        session: Session,
+        config: ClientConfig,
+        inventories: list[wire.Inventory],
+        door: DoorClient | None,
+        clock: Clock,
+        threads: int,
+    ) -> None:
+        self._state, self._peers, self._config, self._clock, self._threads = state, peers, config, clock, threads
+        self._inventories, self._door, self._session = inventories, door, session
+        self._link: Link | None = None
+        self._base = self._step = 0
+        self._stepped = self._iterated = False
+        self._optimizer_steps = 0
+        self._mode = "unknown"  # then "exact" or "hooks"
+        self._early: Mapping[str, Any] | None = None
+        self._served_naming = -1
+        self._restore_report: dict[str, Any] | None = None
+        self._restored_called = self._closed = self._off = False
+        self._taken = self._published = self._failures = 0
+        self._last_published: int | None = None
+        self._skips: dict[str, int] = {}
+        self._timings = {"step_s": 0.0, "host_s": 0.0, "settle_s": 0.0, "copy_s": 0.0}
+        self._hooks = _install_hooks(self, state)
+        os.register_at_fork(after_in_child=_Weak(self, "_forked"))
+
+    # --- before training --------------------------------------------------------------------------
+
+    def restore(self, newer_than: int | None = None, on_lost: str = "raise") -> int:
+        """Bring the newest whole snapshot back and return the step to go on from: 0 where nothing ever existed.
+
+        A collective: every rank calls it, once, before training. `newer_than` is the step of a checkpoint of your own;
+        it is returned where memory has nothing newer. `on_lost="fresh"` returns 0 instead of raising SnapshotLost.
+        LayoutChanged where the snapshot does not fit this model, optimizer or world size; it stays untouched.
+        """
+        self._check_restore_arguments(newer_than, on_lost)
+        self._restored_called = True
+        began_s = self._clock.monotonic_s()
+        done = restoring.run(
+            self._state, self._peers, self._door, self._inventories, self._clock,
+            newer_than=newer_than, threads=self._threads,
+        )  # fmt: skip
+        if done.choice.lost and on_lost == "raise":
+            self._start_link()
+            raise SnapshotLost(done.choice.why)
+        for report in done.passed_over:
+            log.warning("snapshotd: set aside: %s", report)
+        self._base = self._step = done.snapshot.step if done.snapshot else (newer_than or 0)
+        verified_s = self._clock.monotonic_s()
+        if done.snapshot is not None:
+            self._inherit(done)
+        faults.crash_point("restore.attached")
+        if self._door is None and done.snapshot is None:
+            log.warning(
+                "snapshotd: no daemon answers at %s, so nothing could be restored: training starts at step %d and is "
+                "unprotected until one is started with `snapshotd serve`", self._config.socket, self._step,
+            )  # fmt: skip
+        elif done.choice.snapshot is None and done.choice.lost:
+            log.warning("snapshotd: starting afresh although state was lost: %s", done.choice.why)
+        self._restore_report = {
+            "step": self._step if done.snapshot else 0,
+            "snapshot": str(done.snapshot) if done.snapshot else None,
+            "why": done.choice.why,
+            "passed_over": done.passed_over,
+            "bytes": done.bytes,
+            "verify_s": done.verify_s,
+            "copy_s": done.copy_s,
+            "attach_s": self._clock.monotonic_s() - verified_s,
+            "total_s": self._clock.monotonic_s() - began_s,
+        }
+        self._start_link()
+        return self._step
+
+    def _check_restore_arguments(self, newer_than: int | None, on_lost: str) -> None:
+        if self._closed:
+            raise ConfigError("restore() after close(): make a new guard with protect()")
+        if self._restored_called:
+            raise ConfigError("restore() was called twice: the first call returned the step to go on from, use that")
+        if self._step or self._optimizer_steps:
+            raise ConfigError("restore() came after training began; call it once, before the first optimizer step")
+        if on_lost not in ("raise", "fresh"):
+            raise ConfigError(f'on_lost is {on_lost!r}; it must be "raise" or "fresh"')
+        if newer_than is not None and (type(newer_than) is not int or newer_than < 0):
+            raise ConfigError(f"newer_than is {newer_than!r}; it must be a step, 0 or more")
+
+    def _inherit(self, done: restoring.Restored) -> None:
+        """Take over the arena that the shard came from, so that no second one is needed."""
+        assert done.snapshot is not None and self._door is not None
+        shard = done.choice.sources[self._peers.rank].shard
+        self._session = session = _with_restored(self._session, done.snapshot)
+        planned = self._plan()
+        report = next(one for i in self._inventories for one in i.arenas if one.arena == shard.arena)
+        request = attach_request(session, planned, self._step, report.slot_bytes)
+        request = changed(request, arena=shard.arena, block_bytes=report.block_bytes)
+        try:
+            copier = claim(self._door, request, self._clock, lambda _s: None).map(self._threads)
+        except (Refused, DaemonUnavailable, ProtocolError, OSError) as error:
+            log.warning(
+                "snapshotd: restored, but the arena could not be taken over (%s); asking again meanwhile", error
+            )
+            self._link = self._make_link()
+            self._link.request_layout(planned)
+            return
+        self._link = self._make_link()
+        if planned.manifest.file_bytes <= copier.arena.slot_bytes:
+            self._link.adopt(copier, planned)
+            copier.prepare(planned)
+            copier.ring()
+        else:
+            self._link.adopt(copier, planned)
+            self._link.request_layout(planned)
+
+    def _start_link(self) -> Link:
+        if self._link is None:
+            self._link = self._make_link()
+        if not self._link.started():
+            door, self._door = self._door, None
+            self._link.start(door)
+        return self._link
+
+    def _make_link(self) -> Link:
+        return Link(
+            self._config.socket,
+            self._session,
+            self._clock,
+            self._threads,
+            plan=_Weak(self, "_plan"),
+            on_done=_Weak(self, "_copy_done"),
+            passed=_Weak(self, "_passed"),
+        )
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """The end of the loop body: the snapshot holds the state as it is here. Never raises, never waits for long."""
+        if self._off or self._closed:
+            return
+        began_s = self._clock.monotonic_s()
+        try:
+            self._advance(exact=True)
+        except Exception:  # training must never die of us
+            self._failed("guard.step()")
+        self._timings["step_s"] = self._clock.monotonic_s() - began_s
+
+    def _advance(self, *, exact: bool) -> None:
+        if exact and self._mode != "exact":
+            self._enter_exact_mode()
+        link = self._link or self._start_link()
+        self._step += 1
+        stepped, self._stepped, self._iterated = self._stepped, False, False
+        ready = link.ready()
+        if ready is None:
+            if stepped:
+                link.request_plan()
+                self._note_skip("no arena yet" if not link.trouble else "refused")
+            return
+        copier, planned = ready
+        self._note(copier.settle())
+        due = self._due(copier)
+        taken = stepped and due and self._cut(copier, planned, link)
+        copier.arena.passed = self._step  # after FILLING: who reads this first and then the slots cannot be misled
+        if due and not taken:
+            copier.ring()
+
+    def _due(self, copier: Copier) -> bool:
+        """The daemon named a step, this is the first one at or after it with something new, and it was not served."""
+        naming = copier.arena.naming
+        return naming != self._served_naming and 0 < copier.arena.next_step <= self._step
+
+    def _cut(self, copier: Copier, planned: Layout, link: Link) -> bool:
+        """Capture host state and start the copy; False where this step goes without a snapshot."""
+        naming = copier.arena.naming
+        began_s = self._clock.monotonic_s()
+        captured = self._state.host(self._step, self._early)
+        raw = hoststate.pack(captured.document)
+        self._timings["host_s"] = self._clock.monotonic_s() - began_s
+        fitting = self._still_fits(planned, captured, raw)
+        if fitting is None:
+            self._note_skip("the layout changed")
+            link.request_layout(self._new_layout(captured, raw))
+            return False
+        if fitting is not planned:
+            link.layout = fitting
+        reason = copier.begin(fitting, self._session, self._step, raw, link.done_fd)
+        if reason:
+            self._note_skip(reason)
+            return False
+        self._served_naming, self._taken = naming, self._taken + 1
+        return True
+
+    def _still_fits(self, planned: Layout, captured: Any, raw: bytes) -> Layout | None:
+        """The layout to copy with: the planned one, the same with new pointers, or None where it is another."""
+        if len(raw) > planned.host_place[1]:
+            return None
+        current = planned
+        if planned.watch.structure_changed() or planned.watch.pointers_changed():
+            leaves = self._state.leaves()
+            groups = self._state.groups()
+            if layout.signature_of(leaves, groups) != planned.signature:
+                return None
+            current = self._build(leaves, groups, captured, raw, planned)
+        return current if current.point_outside(captured.outside) else None
+
+    def _plan(self) -> Layout:
+        """A layout of the state as it is now."""
+        leaves = self._state.leaves()
+        captured = self._state.host(self._step)
+        return self._build(leaves, self._state.groups(), captured, hoststate.pack(captured.document), None)
+
+    def _new_layout(self, captured: Any, raw: bytes) -> Layout:
+        return self._build(self._state.leaves(), self._state.groups(), captured, raw, None)
+
+    def _build(self, leaves: Any, groups: Any, captured: Any, raw: bytes, same: Layout | None) -> Layout:
+        return layout.build(
+            leaves,
+            world=self._state.world,
+            groups=groups,
+            aliases=self._state.names.aliases,
+            sizes=self._state.sizes(),
+            outside=captured.outside,
+            host_bytes=len(raw),
+            manifest=same.manifest if same is not None else None,
+        )
+
+    # --- hooks ------------------------------------------------------------------------------------
+
+    def _before_optimizer(self) -> None:
+        """The optimizer is about to write: the copy must be over."""
+        if self._off or self._closed:
+            return
+        try:
+            if torch._C._current_graph_task_id() != -1:
+                self._refuse_in_backward()
+                return
+            if self._mode == "hooks" and self._iterated:
+                self._advance(exact=False)
+            ready = self._link.ready() if self._link else None
+            if ready is not None:
+                began_s = self._clock.monotonic_s()
+                self._note(ready[0].settle())
+                self._timings["settle_s"] = self._clock.monotonic_s() - began_s
+        except Exception:
+            self._failed("the optimizer's pre-hook")
+
+    def _after_optimizer(self) -> None:
+        """An optimizer wrote: the next cut has something to take."""
+        if not (self._off or self._closed):
+            self._stepped = True
+
+    def _after_last_optimizer(self) -> None:
+        """The last of the optimizers wrote: without a guard.step() in the loop, this is what counts as a step."""
+        if self._off or self._closed:
+            return
+        self._stepped = self._iterated = True
+        self._optimizer_steps += 1
+        if self._mode == "exact":
+            return
+        try:
+            self._early = self._state.random_and_loaders()
+            if self._mode == "unknown" and self._optimizer_steps >= HOOK_ONLY_AFTER:
+                self._enter_hook_mode()
+        except Exception:
+            self._failed("the optimizer's post-hook")
+
+    def _before_forward(self) -> None:
+        """Hook-only: the first forward after an optimizer step is the latest moment before which all is consistent."""
+        if self._off or self._closed or self._mode != "hooks" or not self._iterated or not torch.is_grad_enabled():
+            return
+        try:
+            self._advance(exact=False)
+        except Exception:
+            self._failed("the model's forward pre-hook")
+
+    def _enter_exact_mode(self) -> None:
+        if self._mode == "hooks":
+            log.warning(
+                "snapshotd: guard.step() was first called after %d optimizer steps; steps are counted by the optimizer "
+                "until the next restart, and snapshots are taken at guard.step() from now on", self._optimizer_steps,
+            )  # fmt: skip
+        else:
+            self._step = self._base
+        self._mode, self._early = "exact", None
+        self._hooks.drop_forward()
+
+    def _enter_hook_mode(self) -> None:
+        self._mode, self._step = "hooks", self._base + self._optimizer_steps - 1
+        several = (
+            " With several optimizers the cut may fall between two of them." if len(self._state.optimizers) > 1 else ""
+        )
+        log.warning(
+            "snapshotd: the loop does not call guard.step(), so snapshots are taken from the optimizer's hooks, best "
+            "effort: random numbers or weights touched after optimizer.step() may not be in them.%s One line, "
+            "guard.step() at the end of the loop body, makes them exact (docs/guide.md)", several,
+        )  # fmt: skip
+
+    def _refuse_in_backward(self) -> None:
+        self._off = True
+        log.error(
+            "snapshotd: an optimizer steps inside backward, where no moment exists at which weights and optimizer "
+            "state belong together: this run is not protected; call optimizer.step() after backward() instead"
+        )
+
+    def _copy_done(self) -> None:
+        """The engine is done (link's thread)."""
+        ready = self._link.ready() if self._link else None
+        if ready is not None and not self._closed:
+            self._note(ready[0].settle())
+
+    # --- what became of it ------------------------------------------------------------------------
+
+    def flush(self, timeout_s: float = 60.0) -> int | None:
+        """Wait until the last snapshot taken is decided; returns the newest committed step, None if there is none."""
+        deadline_s = self._clock.monotonic_s() + timeout_s
+        link = self._link
+        if link is None or self._off:
+            return None
+        if not link.trouble and link.waiting():
+            link.wait_ready(timeout_s)
+        copier = link.copier
+        if copier is None:
+            return None
+        self._note(copier.settle(max(0.0, deadline_s - self._clock.monotonic_s())))
+        while not self._decided(copier):
+            seen, left_s = copier.arena.changes(), deadline_s - self._clock.monotonic_s()
+            if left_s <= 0 or self._decided(copier):
+                break
+            copier.arena.wait_change(seen, min(left_s, 0.25))
+        return copier.arena.committed_step or None
+
+    def _decided(self, copier: Copier) -> bool:
+        last, arena = self._last_published, copier.arena
+        return last is None or arena.committed_step >= last or arena.aborted_step >= last
+
+    def status(self) -> dict[str, Any]:
+        """Where this rank stands, for logs and people."""
+        link = self._link
+        copier = link.copier if link else None
+        return {
+            "job": self._session.job,
+            "generation": str(self._session.generation),
+            "rank": self._session.rank,
+            "world_size": self._session.world_size,
+            "mode": self._mode,
+            "step": self._step,
+            "committed_step": (copier.arena.committed_step or None) if copier else None,
+            "protected": copier is not None and not self._off,
+            "connected": bool(link and link.connected()),
+            "trouble": link.trouble if link else "",
+            "taken": self._taken,
+            "published": self._published,
+            "skipped": dict(self._skips),
+            "failures": self._failures,
+            "arena_bytes": copier.arena.total_bytes if copier else 0,
+            "file_bytes": link.layout.manifest.file_bytes if link and link.layout else 0,
+            "stores": copier.stores if copier else "",
+            "timings": dict(self._timings),
+            "restore": self._restore_report,
+        }
+
+    def _passed(self) -> int:
+        return self._step
+
+    def _note(self, settled: Settled | None) -> None:
+        if settled is None:
+            return
+        self._timings["copy_s"] = settled.copy_s
+        if settled.skipped:
+            self._served_naming = -1
+            self._note_skip("spoiled")
+            self._once("spoiled", f"the snapshot of step {settled.step} was dropped: {settled.skipped}")
+        else:
+            self._published += 1
+            self._last_published = settled.step
+
+    def _note_skip(self, reason: str) -> None:
+        self._skips[reason] = self._skips.get(reason, 0) + 1
+
+    def _once(self, topic: str, sentence: str) -> None:
+        if self._skips.get(topic, 0) <= 1:
+            log.warning("snapshotd: %s; training goes on, and the next snapshot is tried as usual", sentence)
+
+    def _failed(self, where: str) -> None:
+        self._failures += 1
+        if self._failures <= 3:
+            log.exception("snapshotd: unexpected failure in %s; training goes on, this step has no snapshot", where)
+        if self._failures == 10:
+            self._off = True
+            log.error("snapshotd: ten failures: snapshots of this run are off, training goes on unprotected")
+
+    # --- the end ----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End of the run: wait for the last snapshot, then let the node free this rank's memory. Never raises.
+
+        While an exception is on its way out nothing is freed: the job will want to resume.
+        """
+        self._close(failed=sys.exc_info()[0] is not None)
+
+    def _close(self, *, failed: bool) -> None:
+        if self._closed:
+            return
+        try:
+            if not failed and self._mode == "hooks" and self._iterated:
+                self._advance(exact=False)
+            if self._link is not None and self._link.started():
+                self.flush(CLOSE_WAIT_S if self._link.connected() else 1.0)
+            self._closed = True
+            self._let_go(failed)
+        except Exception:
+            self._failed("close()")
+        finally:
+            self._closed = True
+            self._hooks.remove()
+
+    def _let_go(self, failed: bool) -> None:
+        link = self._link
+        door = link.stop() if link is not None and link.started() else self._door
+        copier = link.copier if link is not None else None
+        if copier is not None and door is not None and not failed:
+            try:
+                door.ask(wire.Close(copier.arena.arena_id), timeout_s=10.0)
+                faults.crash_point("close.released")
+            except (DaemonUnavailable, ProtocolError, Refused) as error:
+                log.warning(
+                    "snapshotd: the daemon was not told that this run is over (%s); `snapshotd gc` frees it", error
+                )
+        if copier is not None:
+            copier.close()
+        if door is not None:
+            door.close()
+        self._peers.close()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close(failed=kind is not None)
+
+    def _forked(self) -> None:
+        """In a child (a DataLoader worker): the arena is not mapped here, and nothing of this guard is the child's."""
+        self._off = self._closed = True
+
+
+def _with_restored(session: Session, snapshot: wire.SnapshotId) -> Session:
+    return replace(session, restored=snapshot)
+
+
+class _Weak:
+    """Calls a guard's method as long as the guard lives: neither hooks, threads nor copies of a model may keep it."""
+
+    def __init__(self, guard: Guard, method: str) -> None:
+        self._guard, self._method = weakref.ref(guard), method
+
+    def __call__(self, *_: Any) -> Any:
+        guard = self._guard()
+        return getattr(guard, self._method)() if guard is not None else None
+
+    def __deepcopy__(self, _: Any) -> Callable[..., None]:
+        return _nothing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forget, ()
+
+
+def _nothing(*_: Any) -> None:
+    """What a copied model's hook does."""
+
+
+def _forget() -> Callable[..., None]:
+    return _nothing
+
+
+class _Hooks:
+    """Handles of what was registered on the user's objects."""
+
+    def __init__(self, optimizer_handles: list[Any], forward_handle: Any) -> None:
+        self._handles, self._forward = optimizer_handles, forward_handle
+
+    def drop_forward(self) -> None:
+        """The loop calls guard.step(): forward needs no hook."""
+        self._forward.remove()
+
+    def remove(self) -> None:
+        """Leave the user's objects as they were."""
+        for handle in [*self._handles, self._forward]:
+            handle.remove()
+
+
+def _install_hooks(guard: Guard, state: TrainingState) -> _Hooks:
+    handles = []
+    for optimizer in state.optimizers:
+        handles.append(optimizer.register_step_pre_hook(_Weak(guard, "_before_optimizer")))
+        last = optimizer is state.optimizers[-1]
+        after = _Weak(guard, "_after_last_optimizer" if last else "_after_optimizer")
+        handles.append(optimizer.register_step_post_hook(after))
+    return _Hooks(handles, state.model.register_forward_pre_hook(_Weak(guard, "_before_forward")))

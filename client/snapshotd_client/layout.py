@@ -1,0 +1,185 @@
+"""From live tensors to a plan: the file's manifest, the copy engine's items, and the watch that says if it still holds.
+
+Built from the leaves once per layout. Between two cuts nothing is planned anew: the watch compares containers, objects
+and pointers in C++, and only where one moved do the leaves get collected again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from snapshotd import _native
+from snapshotd.manifest import HOST_ALIGN_BYTES, Entry, Manifest, lay_out, round_up
+from snapshotd_client import tree
+from snapshotd_client.state import code_of
+from snapshotd_client.tree import Leaf, World
+
+Item = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank stores of a leaf: a view of its memory and that view's global offset."""
+
+    leaf: Leaf
+    tensor: torch.Tensor
+    offset: tuple[int, ...]
+
+    def entry(self) -> Entry:
+        """The part as the file describes it; dtypes that readers of the format lack are stored as bytes."""
+        leaf, code = self.leaf, code_of(self.tensor.dtype)
+        facts = {**leaf.facts, "prefix": leaf.spread.prefix}
+        shape, offset, whole = tuple(self.tensor.shape), self.offset, leaf.global_shape
+        if self.tensor.dtype not in tree.CODES:
+            facts |= {"dtype": code, "shape": list(whole)}
+            width = self.tensor.element_size()
+            shape, offset, whole = _widen(shape, width, width), _widen(offset, width, 0), _widen(whole, width, width)
+            code = "U8"
+        return Entry(leaf.name, code, shape, offset, whole, facts)
+
+    def item(self, place: int) -> Item:
+        """The part as the copy engine takes it."""
+        width = self.tensor.element_size()
+        strides = tuple(stride * width for stride in self.tensor.stride())
+        return self.tensor.data_ptr(), place, width, tuple(self.tensor.shape), strides
+
+
+def _widen(shape: tuple[int, ...], width: int, scalar: int) -> tuple[int, ...]:
+    return (*shape[:-1], shape[-1] * width) if shape else (scalar,)
+
+
+@dataclass
+class Layout:
+    """One layout of this rank's state. `signature` is equal for leaves that fit the same file."""
+
+    world: World
+    manifest: Manifest
+    parts: list[Part]
+    outside: list[str]
+    plan: _native.Plan
+    watch: _native.Watch
+    versions: _native.Watch
+    signature: tuple[Any, ...]
+    _outside_pointers: list[int] = field(default_factory=list)
+    _held: list[torch.Tensor] = field(default_factory=list)
+    _now: list[Part] = field(default_factory=list)
+    _later: list[Part] = field(default_factory=list)
+
+    @property
+    def host_place(self) -> tuple[int, int]:
+        """First byte and capacity of the host tensor in the file."""
+        return self.manifest.span(f"{self.world.own_prefix}host")
+
+    def parts_later_name(self, index: int) -> str:
+        """The name of a tensor by its place in `versions`."""
+        return self._later[index].leaf.name
+
+    def point_outside(self, outside: Mapping[str, torch.Tensor]) -> bool:
+        """Take the tensors that extras returned at this cut; False where they are not those of the layout."""
+        if list(outside) != self.outside:
+            return False
+        tensors = [tensor.contiguous() for tensor in outside.values()]
+        for name, tensor in zip(self.outside, tensors, strict=True):
+            if self.manifest.entries[name].shape != tuple(tensor.shape) or _code(tensor) != _code_in(self, name):
+                return False
+        self._held = tensors  # the engine reads them before `begin` returns
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        if pointers != self._outside_pointers:
+            self._outside_pointers = pointers
+            now = [part.tensor.data_ptr() for part in self._now] + pointers
+            self.plan.repoint(now, [part.tensor.data_ptr() for part in self._later])
+        return True
+
+
+def _code(tensor: torch.Tensor) -> str:
+    return code_of(tensor.dtype)
+
+
+def _code_in(layout: Layout, name: str) -> str:
+    entry = layout.manifest.entries[name]
+    return str(entry.facts.get("dtype", entry.dtype))
+
+
+def signature_of(leaves: Sequence[Leaf], groups: Any) -> tuple[Any, ...]:
+    """What must be equal for two collections of leaves to share a layout."""
+    rows = tuple(
+        (leaf.name, tuple(leaf.local.shape), leaf.local.dtype, leaf.offset, leaf.global_shape, leaf.now)
+        for leaf in leaves
+    )
+    return rows, repr(groups)
+
+
+def build(
+    leaves: Sequence[Leaf],
+    *,
+    world: World,
+    groups: Any,
+    aliases: Mapping[str, str],
+    sizes: Sequence[tuple[Any, int]],
+    outside: Mapping[str, torch.Tensor],
+    host_bytes: int,
+    manifest: Manifest | None = None,
+) -> Layout:
+    """Plan a layout. `manifest` is that of an earlier layout with the same signature, whose file stays as it is.
+
+    `host_bytes` is the length of the host document now; twice that is reserved, at least 16 KiB.
+    """
+    parts = [Part(leaf, *share) for leaf in leaves if (share := tree.share_of(leaf)) is not None]
+    outside = {name: tensor.contiguous() for name, tensor in outside.items()}
+    if manifest is None:
+        capacity = round_up(max(2 * host_bytes, 16 << 10), HOST_ALIGN_BYTES)
+        manifest = lay_out(_entries(parts, outside, world, capacity), _facts(world, groups, aliases))
+    now = [part for part in parts if part.leaf.now]
+    later = [part for part in parts if not part.leaf.now]
+    extra_items = [
+        Part(_outside_leaf(name, tensor, world), tensor, (0,) * tensor.dim()) for name, tensor in outside.items()
+    ]
+    links = [link for leaf in leaves for link in leaf.links]
+    return Layout(
+        world=world,
+        manifest=manifest,
+        parts=parts,
+        outside=list(outside),
+        plan=_native.Plan(
+            file_bytes=manifest.file_bytes,
+            now=[part.item(manifest.places[part.leaf.name]) for part in (*now, *extra_items)],
+            later=[part.item(manifest.places[part.leaf.name]) for part in later],
+        ),
+        watch=_native.Watch(
+            links=links, sizes=list(sizes), tensors=[(leaf.local, leaf.local.data_ptr()) for leaf in leaves]
+        ),
+        versions=_native.Watch(
+            links=[], sizes=[], tensors=[(part.leaf.local, part.leaf.local.data_ptr()) for part in later]
+        ),
+        signature=signature_of(leaves, groups),
+        _outside_pointers=[tensor.data_ptr() for tensor in outside.values()],
+        _now=now,
+        _later=later,
+    )
+
+
+def _outside_leaf(name: str, tensor: torch.Tensor, world: World) -> Leaf:
+    return Leaf(name, tensor, tree.Spread(world.own_prefix), now=True, facts={"kind": "outside"})
+
+
+def _entries(parts: Sequence[Part], outside: Mapping[str, torch.Tensor], world: World, host_bytes: int) -> list[Entry]:
+    host = Entry(f"{world.own_prefix}host", "U8", (host_bytes,), (0,), (host_bytes,), {"kind": "host", "host": True})
+    rest = [
+        Part(_outside_leaf(name, tensor, world), tensor, (0,) * tensor.dim()).entry()
+        for name, tensor in outside.items()
+    ]
+    return [host, *(part.entry() for part in parts), *rest]
+
+
+def _facts(world: World, groups: Any, aliases: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "format": 1,
+        "rank": world.rank,
+        "world_size": world.world_size,
+        "groups": groups,
+        "aliases": dict(aliases),
+    }
