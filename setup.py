@@ -6,9 +6,12 @@ tests against a second build folder. `CI=true` or `SNAPSHOTD_WERROR=1` turns war
 
 import glob
 import os
+import shutil
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 sanitizers = os.environ.get("SNAPSHOTD_SANITIZE", "")
 strict = os.environ.get("CI") == "true" or os.environ.get("SNAPSHOTD_WERROR") == "1"
@@ -23,7 +26,20 @@ if sanitizers:
 if strict:
     compile_args.append("-Werror")
 
+
+class BuildPython(build_py):
+    """Takes the example trainer into the wheel, since `snapshotd drill` runs it from there."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / "snapshotd_client" / "examples"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy("examples/gpt.py", folder)
+
+
 setup(
+    cmdclass={"build_py": BuildPython},
     ext_modules=[
         Pybind11Extension(
             "snapshotd._native",
@@ -33,5 +49,5 @@ setup(
             extra_compile_args=compile_args,
             extra_link_args=link_args,
         )
-    ]
+    ],
 )

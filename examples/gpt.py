@@ -186,14 +186,14 @@ def digest_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: 
 
 
 class Journal:
-    """One JSON object per line and event, written at once; a rank that starts again appends to the same file."""
+    """One JSON object per line and event, written at once, in a file for each time that a rank is started."""
 
     def __init__(self, folder: Path | None, rank: int) -> None:
         self._rank = rank
         self._file: IO[str] | None = None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / f"rank{rank}.jsonl").open("a")
+            self._file = (folder / f"rank{rank}-{os.getpid()}.jsonl").open("a")
 
     def write(self, event: str, **facts: Any) -> None:
         """Append `facts` under the monotonic clock, which all processes of a machine share."""
@@ -212,7 +212,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--job", help="name of the run, for the guard; SNAPSHOTD_JOB does as well")
     parser.add_argument("--every", type=int, default=1, help="take a snapshot every that many steps")
     parser.add_argument("--no-guard", action="store_true", help="train without snapshots")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="append JSON lines to DIR/rank<n>.jsonl")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON lines to DIR/rank<n>-<pid>.jsonl")
     return parser.parse_args()
 
 
@@ -221,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", "0"))
     journal = Journal(options.out, rank)
-    journal.write("start", pid=os.getpid(), started_s=STARTED_S, imported_s=IMPORTED_S)
+    journal.write("start", rank=rank, pid=os.getpid(), started_s=STARTED_S, imported_s=IMPORTED_S)
     if options.parallel != "none":
         dist.init_process_group("gloo")
     try:
