@@ -86,7 +86,8 @@ class GPT(nn.Module):
         x = self.bytes(text) + self.places(torch.arange(text.shape[1]))
         for block in self.blocks:
             x = block(x)
-        return cross_entropy(self.head(self.last_norm(x)).flatten(0, 1), targets.flatten())
+        loss: Tensor = cross_entropy(self.head(self.last_norm(x)).flatten(0, 1), targets.flatten())
+        return loss
 
 
 def read_text() -> Tensor:
@@ -180,7 +181,7 @@ def digest_state(model: nn.Module, optimizer: torch.optim.Optimizer, scheduler: 
         for index, parameter in enumerate(group["params"]):
             for name, value in sorted(optimizer.state[parameter].items()):
                 add(f"{index}.{name}", value)
-    add("learning rates", [rate.hex() for rate in scheduler.get_last_lr()])
+    add("learning rates", [float(rate).hex() for rate in scheduler.get_last_lr()])
     add("generator", torch.get_rng_state())
     return length, digest.hexdigest()
 

@@ -91,7 +91,7 @@ class _Samples:
         # Header and host state, which lie at the ends, are written before the copy starts.
         span = arena.slot_bytes // 10, arena.slot_bytes * 8 // 10
         self._offsets = range(*span, max(1, (span[1] - span[0]) // _SAMPLES))
-        self._before = [b""] * arena.slots
+        self._before = [self._words(index) for index in range(arena.slots)]
 
     def __enter__(self) -> _Samples:
         return self
@@ -104,12 +104,15 @@ class _Samples:
         """A slot that is FILLING and whose words differ from what they were before it was claimed."""
         for index, before in enumerate(self._before):
             filling = self._arena.slot(index).state == _native.FILLING
-            words = b"".join(self._views[index][offset : offset + 8] for offset in self._offsets)
+            words = self._words(index)
             if not filling:
                 self._before[index] = words
-            elif before and words != before:
+            elif words != before:
                 return index
         return None
+
+    def _words(self, index: int) -> bytes:
+        return b"".join(self._views[index][offset : offset + 8] for offset in self._offsets)
 
 
 def _was_torn(arena: _native.Arena, index: int, pid: int) -> bool:
