@@ -6,11 +6,13 @@ nothing else in the project looks at the environment for a setting.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,21 +25,28 @@ else:
 
 UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb": 10**6, "mib": 2**20,
          "g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}  # fmt: skip
+SYSTEM_SOCKET = Path("/run/snapshotd.sock")
 _T = TypeVar("_T", "DaemonConfig", "ClientConfig")
 
 
 def parse_bytes(text: str) -> int:
     """`64GiB`, `512 MB` or a plain number of bytes. ConfigError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([a-zA-Z]*)\s*", text)
     if match is None or match[2].lower() not in UNITS:
         raise ConfigError(f"{text!r} is no amount of memory; write it like 64GiB, 512MB or 1000000")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+    return int(Decimal(match[1]) * UNITS[match[2].lower()])
 
 
 def default_socket(environment: Mapping[str, str]) -> Path:
-    """Where a daemon listens and a trainer looks if nobody says: the user's runtime directory, else /run."""
+    """Where a daemon listens if nobody says: the user's runtime directory, else /run."""
     runtime = environment.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "snapshotd.sock" if runtime else Path("/run/snapshotd.sock")
+    return Path(runtime) / "snapshotd.sock" if runtime else SYSTEM_SOCKET
+
+
+def find_socket(environment: Mapping[str, str]) -> Path:
+    """Where a trainer or tool looks if nobody says: the user's own daemon where it has a socket, else the system's."""
+    own = default_socket(environment)
+    return SYSTEM_SOCKET if not own.exists() and SYSTEM_SOCKET.exists() else own
 
 
 @dataclass(frozen=True)
@@ -59,8 +68,7 @@ class DaemonConfig:
         """Self, if every value is allowed. ConfigError names the first that is not, and the range."""
         _within("claim_wait", self.claim_wait_s, 0.0, 600.0, "seconds")
         _within("lease", self.lease_s, 1.0, 90 * 24 * 3600.0, "seconds")
-        if self.memory_limit < 0:
-            raise ConfigError(f"memory_limit is {self.memory_limit}; it must be 0 (no limit of our own) or more")
+        _within("memory_limit", self.memory_limit, 0, 2**62, "bytes (0: no limit of our own)")
         if len(self.node_id.encode()) > 200:
             raise ConfigError("node_id is a label for people of at most 200 bytes")
         for name, value in (("listen", self.listen.removeprefix("tcp://")), ("advertise", self.advertise)):
@@ -69,7 +77,7 @@ class DaemonConfig:
         if self.listen and not self.listen.startswith("tcp://"):
             raise ConfigError(f"listen is {self.listen!r}; write it like tcp://127.0.0.1:7780")
         host = parse_address("listen", self.listen.removeprefix("tcp://"))[0] if self.listen else "127.0.0.1"
-        if not (host == "localhost" or host == "::1" or host.startswith("127.")):
+        if not _is_loopback(host):
             raise ConfigError(
                 f"listen is {self.listen!r}, which is not loopback: daemons do not authenticate each other yet, so "
                 f"anyone who reaches this port could read training state; use tcp://127.0.0.1:PORT"
@@ -112,7 +120,7 @@ def load_daemon_config(
 def load_client_config(environment: Mapping[str, str]) -> ClientConfig:
     """A trainer's settings from the environment."""
     settings = _from_environment(environment, ClientConfig)
-    return _build(ClientConfig(socket=default_socket(environment)), settings).check()
+    return _build(ClientConfig(socket=find_socket(environment)), settings).check()
 
 
 def job_name(explicit: str | None, environment: Mapping[str, str]) -> str:
@@ -138,9 +146,18 @@ def job_name(explicit: str | None, environment: Mapping[str, str]) -> str:
 def parse_address(name: str, text: str) -> tuple[str, int]:
     """`HOST:PORT` (`[::1]:PORT` for IPv6). ConfigError otherwise."""
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
+    valid = re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[^\s/\[\]:]+", host) and re.fullmatch(r"[0-9]{1,5}", port)
+    if not colon or not valid or int(port) > 65535:
         raise ConfigError(f"{name} is {text!r}; write it like 127.0.0.1:7780, with a port below 65536")
     return host.strip("[]"), int(port)
+
+
+def _is_loopback(host: str) -> bool:
+    """An address of this machine that no other can reach. A name that merely begins like one is none."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _from_file(file: Path | None, kind: type[_T]) -> dict[str, Any]:
@@ -174,6 +191,10 @@ def _convert(defaults: DaemonConfig | ClientConfig, name: str, value: Any) -> An
     default = getattr(defaults, name)
     public = _public(name)
     try:
+        if not isinstance(value, (str, int, float, Path)) or (
+            isinstance(value, bool) and not isinstance(default, bool)
+        ):
+            raise TypeError(name)
         if name == "memory_limit":
             return parse_bytes(str(value))
         if isinstance(default, bool):
@@ -183,8 +204,13 @@ def _convert(defaults: DaemonConfig | ClientConfig, name: str, value: Any) -> An
         return type(default)(value)
     except ConfigError:
         raise
-    except (TypeError, ValueError):
-        raise ConfigError(f"{public} is {value!r}, which is no {type(default).__name__}") from None
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError: a home directory that does not exist
+        raise ConfigError(f"{public} is {value!r}, which is no {_kind(default)}") from None
+
+
+def _kind(default: Any) -> str:
+    kinds = {bool: "yes or no", int: "whole number", float: "number", str: "text"}
+    return kinds.get(type(default), "path")
 
 
 def _boolean(value: Any) -> bool:
@@ -203,4 +229,5 @@ def _public(name: str) -> str:
 
 def _within(name: str, value: float, low: float, high: float, unit: str) -> None:
     if not low <= value <= high:
-        raise ConfigError(f"{name} is {value:g}; it must lie between {low:g} and {high:g} {unit}")
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        raise ConfigError(f"{name} is {shown}; it must lie between {low:g} and {high:g} {unit}")

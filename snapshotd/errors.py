@@ -36,6 +36,9 @@ class ProtocolError(SnapshotError):
         super().__init__(detail)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type[ProtocolError], tuple[str, str]]:
+        return type(self), (self.reason, str(self))  # launchers pickle what a worker raised
+
 
 class Refused(SnapshotError):
     """The daemon said no."""
@@ -78,10 +81,13 @@ class SnapshotLost(SnapshotError):
 
     def __init__(self, why: str) -> None:
         super().__init__(
-            f"the committed state of this job cannot be rebuilt from memory: {why}; training has not started, so resume "
-            f'from your disk checkpoint, or pass on_lost="fresh" to restore() to begin anew'
+            f"the committed state of this job cannot be rebuilt from memory: {why}; training has not started, so "
+            f'resume from your disk checkpoint, or pass on_lost="fresh" to restore() to begin anew'
         )
         self.why = why
+
+    def __reduce__(self) -> tuple[type[SnapshotLost], tuple[str]]:
+        return type(self), (self.why,)
 
 
 REFUSALS: dict[str, type[Refused]] = {kind.kind: kind for kind in (Refused, NoRoom, RankClaimed, SnapshotGone)}

@@ -11,6 +11,7 @@ Format: https://huggingface.co/docs/safetensors (8 bytes little-endian header le
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -20,8 +21,10 @@ from typing import Any
 from snapshotd.errors import ProtocolError
 
 PAGE_BYTES = 4096
-HEADER_BYTES_MAX = 100 << 20  # the limit of the safetensors library
+HEADER_BYTES_MAX = 100_000_000  # the limit of the safetensors library
 HOST_ALIGN_BYTES = 4096
+DIMENSIONS_MAX = 64  # torch's own limit
+SIZE_MAX = 2**62
 BLOCK_BYTES_MIN, BLOCK_BYTES_MAX = 4096, 1 << 20
 
 ELEMENT_BYTES: Mapping[str, int] = {
@@ -44,6 +47,23 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
+
+    def check(self) -> Entry:
+        """Self, if it can stand in a file. ValueError says what is wrong."""
+        if self.dtype not in ELEMENT_BYTES:
+            raise ValueError(f"tensor {self.name!r} has dtype {self.dtype!r}, which the format does not know")
+        if self.name.encode() == b"__metadata__":
+            raise ValueError("`__metadata__` cannot be a tensor's name")
+        if not len(self.shape) == len(self.offset) == len(self.global_shape) <= DIMENSIONS_MAX:
+            raise ValueError(f"tensor {self.name!r} has a shape, an offset and a global shape of different lengths")
+        if not all(0 <= size <= SIZE_MAX for size in (*self.shape, *self.offset, *self.global_shape)):
+            raise ValueError(f"tensor {self.name!r} has a size out of range")
+        if self.size_bytes > SIZE_MAX:
+            raise ValueError(f"tensor {self.name!r} is larger than any memory")
+        reach = zip(self.offset, self.shape, self.global_shape, strict=True)
+        if any(begin + length > whole for begin, length, whole in reach):
+            raise ValueError(f"tensor {self.name!r} reaches beyond its global shape")
+        return self
 
 
 @dataclass(frozen=True)
@@ -69,12 +89,15 @@ class Manifest:
 def lay_out(entries: Iterable[Entry], facts: Mapping[str, Any]) -> Manifest:
     """Give each tensor its place. Larger elements come first, so that all are aligned and no hole is left.
 
-    `facts` is JSON that belongs to the whole file. ValueError for a name that comes twice.
+    An entry with the fact `host` comes before all others; its size is a multiple of `HOST_ALIGN_BYTES`. `facts` is JSON
+    that belongs to the whole file. ValueError for a name that comes twice, an unknown dtype or a shape that cannot be.
     """
-    ordered = sorted(entries, key=lambda entry: (not entry.facts.get("host"), -ELEMENT_BYTES[entry.dtype], entry.name))
-    if len({entry.name for entry in ordered}) != len(ordered):
-        names = [entry.name for entry in ordered]
-        raise ValueError(f"two tensors are named {next(name for name in names if names.count(name) > 1)!r}")
+    ordered = sorted((entry.check() for entry in entries), key=_order)
+    for before, after in itertools.pairwise(sorted(entry.name for entry in ordered)):
+        if before == after:
+            raise ValueError(f"two tensors are named {before!r}")
+    if "tensors" in facts or any("global_shape" in entry.facts for entry in ordered):
+        raise ValueError("the facts `tensors` (of a file) and `global_shape` (of a tensor) are the manifest's own")
     table: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
@@ -91,10 +114,14 @@ def lay_out(entries: Iterable[Entry], facts: Mapping[str, Any]) -> Manifest:
     ends, end = {}, 0
     for entry in ordered:
         start, end = end, end + entry.size_bytes
+        if start % (HOST_ALIGN_BYTES if entry.facts.get("host") else ELEMENT_BYTES[entry.dtype]):
+            raise ValueError(f"tensor {entry.name!r} follows host state that fills no whole {HOST_ALIGN_BYTES} bytes")
         ends[entry.name] = start
         table[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
     text = _json(table).encode()
-    capacity = -(-(8 + len(text)) // PAGE_BYTES) * PAGE_BYTES
+    capacity = round_up(8 + len(text), PAGE_BYTES)
+    if capacity > HEADER_BYTES_MAX:
+        raise ValueError(f"{len(ordered)} tensors need a header of {capacity} bytes, above {HEADER_BYTES_MAX}")
     header = (capacity - 8).to_bytes(8, "little") + text.ljust(capacity - 8)
     return Manifest(
         header=header,
@@ -103,6 +130,10 @@ def lay_out(entries: Iterable[Entry], facts: Mapping[str, Any]) -> Manifest:
         file_bytes=capacity + end,
         facts=dict(facts),
     )
+
+
+def _order(entry: Entry) -> tuple[bool, int, str]:
+    return not entry.facts.get("host"), -ELEMENT_BYTES[entry.dtype], entry.name
 
 
 def block_bytes_for(file_bytes: int) -> int:
@@ -127,8 +158,8 @@ def read(view: memoryview, file_bytes: int) -> Manifest:
         raise ProtocolError("manifest", f"a snapshot's header claims {length} bytes in a file of {file_bytes}")
     header = bytes(view[: 8 + length])
     try:
-        return _read_table(header, json.loads(header[8:]), file_bytes)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        return _read_table(header, json.loads(header[8:].decode(), object_pairs_hook=_once_each), file_bytes)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ProtocolError(
             "manifest", f"a snapshot's header cannot be read ({type(error).__name__}: {error})"
         ) from None
@@ -136,37 +167,55 @@ def read(view: memoryview, file_bytes: int) -> Manifest:
 
 def _read_table(header: bytes, table: dict[str, Any], file_bytes: int) -> Manifest:
     metadata = table.pop("__metadata__")
-    facts = json.loads(metadata["snapshotd"])
+    facts = json.loads(metadata["snapshotd"], object_pairs_hook=_once_each)
     tensors = facts.pop("tensors")
-    offsets = json.loads(metadata["DCP_SHARDING_INFO"])
-    entries: dict[str, Entry] = {}
-    places: dict[str, int] = {}
-    for name, row in table.items():
-        own = dict(tensors[name])
-        entry = Entry(
-            name=name,
-            dtype=str(row["dtype"]),
-            shape=_shape(row["shape"]),
-            offset=_shape(offsets[name]["saved_offsets"]),
-            global_shape=_shape(own.pop("global_shape")),
-            facts=own,
-        )
-        start, end = _shape(row["data_offsets"])
-        if end - start != entry.size_bytes or len(header) + end > file_bytes or start > end:
-            raise ValueError(f"tensor {name!r} has bytes {start} to {end} for shape {entry.shape} of {entry.dtype}")
-        if not len(entry.shape) == len(entry.offset) == len(entry.global_shape):
-            raise ValueError(f"tensor {name!r} has a shape, an offset and a global shape of different lengths")
-        if any(o + n > g for o, n, g in zip(entry.offset, entry.shape, entry.global_shape)):
-            raise ValueError(f"tensor {name!r} reaches beyond its global shape")
-        entries[name], places[name] = entry, len(header) + start
+    offsets = json.loads(metadata["DCP_SHARDING_INFO"], object_pairs_hook=_once_each)
+    if not table.keys() == tensors.keys() == offsets.keys():
+        raise ValueError("its lists of tensors differ")
+    entries = {name: _entry(name, row, tensors[name], offsets[name]) for name, row in table.items()}
+    spans = {name: _shape(row["data_offsets"]) for name, row in table.items()}
+    end = _read_spans(entries, spans)
+    if len(header) + end != file_bytes:
+        raise ValueError(f"its tensors end at byte {len(header) + end} of {file_bytes}")
+    places = {name: len(header) + span[0] for name, span in spans.items()}
     return Manifest(header=header, entries=entries, places=places, file_bytes=file_bytes, facts=facts)
 
 
+def _entry(name: str, row: dict[str, Any], facts: dict[str, Any], offset: dict[str, Any]) -> Entry:
+    return Entry(
+        name=name,
+        dtype=str(row["dtype"]),
+        shape=_shape(row["shape"]),
+        offset=_shape(offset["saved_offsets"]),
+        global_shape=_shape(facts["global_shape"]),
+        facts={key: value for key, value in facts.items() if key != "global_shape"},
+    ).check()
+
+
+def _read_spans(entries: Mapping[str, Entry], spans: Mapping[str, tuple[int, ...]]) -> int:
+    """The end of the last tensor. ValueError for a hole, an overlap, or a length that is not the tensor's."""
+    end = 0
+    for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+        if start != end or stop - start != entries[name].size_bytes:
+            raise ValueError(f"tensor {name!r} has bytes {start} to {stop}, and the one before it ends at {end}")
+        if start % ELEMENT_BYTES[entries[name].dtype]:
+            raise ValueError(f"tensor {name!r} is not aligned to its elements")
+        end = stop
+    return end
+
+
 def _shape(numbers: Any) -> tuple[int, ...]:
-    shape = tuple(numbers)
-    if any(type(number) is not int or number < 0 for number in shape):
-        raise ValueError(f"{numbers!r} is no list of sizes")
-    return shape
+    if type(numbers) is not list or any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError(f"{str(numbers)[:60]} is no list of sizes")
+    return tuple(numbers)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON leaves open which of two equal keys counts, so neither does."""
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return table
 
 
 def _json(value: Any) -> str:

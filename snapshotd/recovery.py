@@ -7,6 +7,7 @@ steps or generations never meet.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -42,14 +43,14 @@ def choose(
     `excluded` are snapshots whose bytes failed their checksums in an earlier attempt. `newer_than` is the step of a
     checkpoint of the user's own: only a newer snapshot is worth restoring then.
     """
-    nodes = {inventory.node: inventory for inventory in inventories}
+    gathered = list(inventories)
     shards: dict[SnapshotId, list[Source]] = {}
-    for node, inventory in sorted(nodes.items()):
-        for shard in inventory.shards:
-            if shard.progress in USABLE:
-                shards.setdefault(shard.snapshot, []).append(Source(node, shard))
+    for source in _merged(gathered):
+        if source.shard.progress in USABLE:
+            shards.setdefault(source.shard.snapshot, []).append(source)
+    # By number first; groups that were cut off from one another may have picked the same, then the longer run wins.
     candidates = sorted(shards, key=lambda one: (one.generation.number, one.step, one.generation.nonce), reverse=True)
-    reasons = [sentence for inventory in nodes.values() for sentence in inventory.damaged]
+    reasons = sorted({sentence for inventory in gathered for sentence in inventory.damaged})
     for snapshot in candidates:
         if snapshot in excluded:
             reasons.append(f"{snapshot}: its bytes failed their checksum")
@@ -59,7 +60,37 @@ def choose(
             reasons.append(f"{snapshot}: {missing}")
             continue
         return _chosen(snapshot, sources, reasons, newer_than)
-    return _nothing(nodes.values(), reasons, newer_than)
+    damaged = any(inventory.damaged for inventory in gathered) or any(snapshot in excluded for snapshot in shards)
+    return _nothing(damaged or _was_committed(gathered), reasons, newer_than)
+
+
+def _merged(inventories: Iterable[Inventory]) -> list[Source]:
+    """Every shard once, sorted by where it lies.
+
+    Several ranks of a node ask at slightly different times, so two looks at one slot may differ. Whoever found damage
+    is right; else the later look, in which the slot is further, is.
+    """
+    seen: dict[tuple[bytes, bytes, int, SnapshotId], Shard] = {}
+    for inventory in inventories:
+        for shard in inventory.shards:
+            place = (inventory.node, shard.arena, shard.slot, shard.snapshot)
+            seen[place] = max(shard, seen.get(place, shard), key=_weight)
+    return [Source(place[0], shard) for place, shard in sorted(seen.items(), key=lambda item: item[0])]
+
+
+def _weight(shard: Shard) -> tuple[int, int, int, bytes, int]:
+    known = ("FILLING", "FULL", "PROTECTED", "COMMITTED")
+    progress = known.index(shard.progress) if shard.progress in known else len(known)
+    return progress, shard.rank, shard.world_size, shard.fingerprint, shard.file_bytes
+
+
+def _was_committed(inventories: Iterable[Inventory]) -> bool:
+    """Something of this job was committed once, whatever became of it."""
+    return any(
+        any(arena.ever_committed for arena in inventory.arenas)
+        or any(shard.progress == "COMMITTED" for shard in inventory.shards)
+        for inventory in inventories
+    )
 
 
 def _complete(found: list[Source]) -> tuple[dict[int, Source], str]:
@@ -68,17 +99,20 @@ def _complete(found: list[Source]) -> tuple[dict[int, Source], str]:
     if any(source.shard.world_size != world_size for source in found):
         return {}, "its shards disagree about the world size"
     sources: dict[int, Source] = {}
-    for source in sorted(found, key=lambda one: (one.node, one.shard.arena)):
+    for source in found:
         sources.setdefault(source.shard.rank, source)
-    absent = [rank for rank in range(world_size) if rank not in sources]
+    if world_size < 1 or max(sources) >= world_size:
+        return {}, f"it has a shard of rank {max(sources)} and a world size of {world_size}"
+    absent = world_size - len(sources)
     if absent:
-        return sources, f"{_ranks(absent)} of {world_size} {'is' if len(absent) == 1 else 'are'} missing"
-    return {rank: sources[rank] for rank in range(world_size)}, ""
+        first = list(itertools.islice((rank for rank in itertools.count() if rank not in sources), min(absent, 8)))
+        return sources, f"{_ranks(first, absent)} of {world_size} {'is' if absent == 1 else 'are'} missing"
+    return dict(sorted(sources.items())), ""
 
 
 def _chosen(snapshot: SnapshotId, sources: dict[int, Source], reasons: list[str], newer_than: int | None) -> Choice:
     if newer_than is not None and snapshot.step <= newer_than:
-        return Choice(None, f"your own checkpoint of step {newer_than} is newer than {snapshot}")
+        return Choice(None, f"your own checkpoint of step {newer_than} is as new as {snapshot} or newer")
     world_size = len(sources)
     states = {source.shard.progress for source in sources.values()}
     how = "committed" if "COMMITTED" in states else "whole, though its commit was not finished"
@@ -88,11 +122,7 @@ def _chosen(snapshot: SnapshotId, sources: dict[int, Source], reasons: list[str]
     return Choice(snapshot, why, world_size, sources)
 
 
-def _nothing(inventories: Iterable[Inventory], reasons: list[str], newer_than: int | None) -> Choice:
-    inventories = list(inventories)
-    existed = any(inventory.damaged for inventory in inventories) or any(
-        arena.ever_committed for inventory in inventories for arena in inventory.arenas
-    )
+def _nothing(existed: bool, reasons: list[str], newer_than: int | None) -> Choice:
     if not existed:
         partial = f" ({'; '.join(reasons)}: never committed)" if reasons else ""
         return Choice(None, f"nothing was ever committed for this job{partial}")
@@ -102,6 +132,6 @@ def _nothing(inventories: Iterable[Inventory], reasons: list[str], newer_than: i
     return Choice(None, why, lost=True)
 
 
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(str(rank) for rank in ranks[:8]) + (", …" if len(ranks) > 8 else "")
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
+def _ranks(first: list[int], count: int) -> str:
+    shown = ", ".join(str(rank) for rank in first) + (", …" if count > len(first) else "")
+    return f"{'rank' if count == 1 else 'ranks'} {shown}"

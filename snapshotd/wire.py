@@ -5,6 +5,9 @@ tagged message. Whoever reads trusts nothing: wrong magic, another version, a le
 checksum, an unknown tag or a field out of range each raise `ProtocolError` with a short `reason` to count it under.
 After a bad frame the stream cannot be trusted to be in step, so its reader closes the connection.
 
+What is packed here is checked by the same rules, so a message that leaves can be read on the other side; sentences
+that may become long (paths, reasons told by others) go through `clip` first.
+
 Version rule: a field may be added with a default; anything else raises `WIRE_VERSION`.
 """
 
@@ -22,15 +25,18 @@ from snapshotd.errors import ProtocolError
 MAGIC = b"SNPD"
 WIRE_VERSION = 1
 FRAME_BYTES_MAX = 4 << 20
+TEXT_LENGTH_MAX = 4000
 _HEADER = struct.Struct("<4sHHII")
 HEADER_BYTES = _HEADER.size
 
 Name: TypeAlias = Annotated[str, Meta(min_length=1, max_length=200)]
-Text: TypeAlias = Annotated[str, Meta(max_length=4000)]
+Text: TypeAlias = Annotated[str, Meta(max_length=TEXT_LENGTH_MAX)]
 Id16: TypeAlias = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Digest32: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 Rank: TypeAlias = Annotated[int, Meta(ge=0, lt=2**20)]
+WorldSize: TypeAlias = Annotated[int, Meta(ge=1, lt=2**20)]
+Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=10**9)]
 
 
 class GenerationId(Struct, frozen=True, order=True, array_like=True):
@@ -64,7 +70,7 @@ class Shard(Struct, frozen=True):
     slot: Annotated[int, Meta(ge=0, lt=64)]
     progress: Annotated[str, Meta(max_length=16)]
     rank: Rank
-    world_size: Count
+    world_size: WorldSize
     fingerprint: Digest32
     file_bytes: Count
 
@@ -117,7 +123,7 @@ class Attach(Struct, frozen=True, tag=True):
     job: Name
     generation: GenerationId
     rank: Rank
-    world_size: Annotated[int, Meta(ge=1, lt=2**20)]
+    world_size: WorldSize
     local_index: Rank
     local_ranks: list[Rank]
     every: Annotated[int, Meta(ge=1, lt=2**40)]
@@ -193,7 +199,7 @@ class Welcome(Struct, frozen=True, tag=True):
     node: Id16
     label: Text
     pid: Count
-    claim_wait_s: float
+    claim_wait_s: Seconds
 
 
 class InventoryTaken(Struct, frozen=True, tag=True):
@@ -251,11 +257,23 @@ Message: TypeAlias = Request | Reply
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _reply_decoder: msgspec.msgpack.Decoder[Reply] = msgspec.msgpack.Decoder(Reply)
+_any_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+
+def clip(sentence: str) -> str:
+    """The sentence as a `Text` that can be sent: no longer than allowed, without what UTF-8 cannot say (file names)."""
+    clean = sentence.encode(errors="backslashreplace").decode()
+    return clean if len(clean) <= TEXT_LENGTH_MAX else clean[: TEXT_LENGTH_MAX - 1] + "…"
 
 
 def pack(message: Message) -> bytes:
-    """The frame of a message. ProtocolError if it is longer than a frame may be."""
-    body = _encoder.encode(message)
+    """The frame of a message. ProtocolError if the other side would refuse it: a field out of range, or too long."""
+    try:
+        body = _encoder.encode(message)
+        if len(body) <= FRAME_BYTES_MAX:
+            _any_decoder.decode(body)
+    except (msgspec.MsgspecError, ValueError, OverflowError, TypeError) as error:
+        raise ProtocolError("content", f"a {type(message).__name__} message cannot be sent: {error}") from None
     if len(body) > FRAME_BYTES_MAX:
         raise ProtocolError("oversized", f"a message of {len(body)} bytes exceeds the limit of {FRAME_BYTES_MAX}")
     return _HEADER.pack(MAGIC, WIRE_VERSION, 0, len(body), zlib.crc32(body)) + body
@@ -300,5 +318,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], frame: bytes) -> _T:
         raise ProtocolError("checksum", "a message arrived with a wrong checksum")
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError("content", f"a message does not follow the protocol: {error}") from None
