@@ -67,7 +67,8 @@ class Block(nn.Module):
         query, key, value = packed.view(batch, length, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
         seen = scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.dropout(self.project(seen.transpose(1, 2).reshape(batch, length, WIDTH)))
-        return x + self.dropout(self.perceptron(self.before_perceptron(x)))
+        x = x + self.dropout(self.perceptron(self.before_perceptron(x)))
+        return x
 
 
 class GPT(nn.Module):

@@ -82,17 +82,18 @@ def _carries_mark(pid: int) -> bool:
 
 
 def _named(process: psutil.Process) -> tuple[int, str] | None:
-    """Pid and command of a running process; None for zombies and multiprocessing's own helpers."""
+    """Pid and command of a running process; None for zombies and for our own helpers (not for what they fork)."""
     with contextlib.suppress(psutil.Error):
         command = " ".join(process.cmdline())
-        if process.status() != psutil.STATUS_ZOMBIE and not any(helper in command for helper in HELPERS):
+        helps_us = process.ppid() == os.getpid() and any(helper in command for helper in HELPERS)
+        if process.status() != psutil.STATUS_ZOMBIE and not helps_us:
             return process.pid, command[:160]
     return None
 
 
 def children() -> frozenset[tuple[int, str]]:
-    """Our direct children that run."""
-    return frozenset(named for child in psutil.Process().children() if (named := _named(child)))
+    """Our children that run, and theirs."""
+    return frozenset(named for child in psutil.Process().children(recursive=True) if (named := _named(child)))
 
 
 def marked_processes() -> frozenset[tuple[int, str]]:
