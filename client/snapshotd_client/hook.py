@@ -462,7 +462,7 @@ class Guard:
         try:
             if not failed and self._mode == "hooks" and self._iterated:
                 self._advance(exact=False)
-            if self._link is not None and self._link.started():
+            if self._link is not None and (self._link.connected() or self._link.copier is not None):
                 self.flush(CLOSE_WAIT_S if self._link.connected() else 1.0)
             self._closed = True
             self._let_go(failed)
