@@ -243,8 +243,9 @@ def scatter(
 ) -> None:
     """The way back: copy from a slot into tensors; items as in `Plan`, with the pointers as destinations. Holds no GIL."""
 
-def copy(dst: Buffer, src: Buffer, threads: int = 1) -> None:
-    """A plain multi-threaded memcpy (benchmarks). ValueError for unequal lengths."""
+def copy(dst: Buffer | Sequence[Buffer], src: Buffer | Sequence[Buffer], threads: int = 1) -> None:
+    """A plain multi-threaded memcpy (benchmarks), of one buffer or of each of many to its own. ValueError for unequal
+    lengths. Holds no GIL."""
 
 @final
 class Watch:

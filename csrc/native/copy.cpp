@@ -16,15 +16,19 @@ namespace {
 #if defined(__x86_64__)
 
 constexpr size_t kLine = 64;
+constexpr size_t kAhead = 4096;
 
+// Reads are asked for a page ahead: the hardware's own prefetching stops where a page ends.
 __attribute__((target("avx512f"))) void stream_lines_avx512(byte* to, const byte* from, size_t bytes) noexcept {
     for (size_t at = 0; at < bytes; at += kLine) {
+        _mm_prefetch(reinterpret_cast<const char*>(from + at + kAhead), _MM_HINT_T0);
         _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), _mm512_loadu_si512(from + at));
     }
 }
 
 void stream_lines_sse2(byte* to, const byte* from, size_t bytes) noexcept {
     for (size_t at = 0; at < bytes; at += 16) {
+        if (at % kLine == 0) _mm_prefetch(reinterpret_cast<const char*>(from + at + kAhead), _MM_HINT_T0);
         _mm_stream_si128(reinterpret_cast<__m128i*>(to + at),
                          _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + at)));
     }
@@ -128,13 +132,18 @@ void move_strided(const Item& item, const Dimension* dims, uint64_t from, uint64
 }
 
 constexpr uint64_t kChunk = 1u << 20;
+constexpr uint64_t kTooLargeForCaches = 8u << 20;
 
-void scatter_chunk(const byte* slot, uint64_t begin, uint64_t end, const ItemTable& table) {
+void scatter_chunk(const byte* slot, uint64_t begin, uint64_t end, const ItemTable& table, Stores stores) {
     const std::vector<Item>& items = table.items();
     for (size_t i = table.first_after(begin); i < items.size() && items[i].offset < end; ++i) {
         const Item& item = items[i];
         uint64_t from = std::max(begin, item.offset), to = std::min(end, item.end());
-        table.copy_in(item, from - item.offset, to - from, slot + from);
+        if (item.dimensions == 0) {
+            copy_dense(item.pointer + (from - item.offset), slot + from, to - from, stores);
+        } else {
+            table.copy_in(item, from - item.offset, to - from, slot + from);
+        }
     }
 }
 
@@ -173,16 +182,27 @@ void ItemTable::copy_in(const Item& item, uint64_t from, size_t bytes, const byt
 
 void scatter(const byte* slot, uint64_t slot_bytes, const ItemTable& items, int threads) {
     items.refuse_overlap_with(slot, slot_bytes);
+    const Stores stores = items.bytes() < kTooLargeForCaches ? Stores::temporal : Stores::non_temporal;
     parallel_for(threads, (slot_bytes + kChunk - 1) / kChunk, [&](uint64_t chunk) {
-        scatter_chunk(slot, chunk * kChunk, std::min(slot_bytes, (chunk + 1) * kChunk), items);
+        scatter_chunk(slot, chunk * kChunk, std::min(slot_bytes, (chunk + 1) * kChunk), items, stores);
+        store_fence();
     });
 }
 
-void copy_plain(byte* to, const byte* from, uint64_t bytes, int threads) {
-    uint64_t share = (bytes / threads + 63) / 64 * 64;
-    parallel_for(threads, threads, [&](uint64_t i) {
-        uint64_t begin = std::min(bytes, i * share), end = i + 1 == static_cast<uint64_t>(threads) ? bytes : std::min(bytes, begin + share);
-        std::memcpy(to + begin, from + begin, end - begin);
+std::vector<Piece> shares_of(const Piece& whole, int threads) {
+    check_threads(threads);
+    const uint64_t share = whole.bytes / threads / kPieceBytes * kPieceBytes;
+    std::vector<Piece> pieces;
+    for (int i = 0; i < threads; ++i) {
+        uint64_t begin = i * share, end = i + 1 == threads ? whole.bytes : begin + share;
+        pieces.push_back({whole.to + begin, whole.from + begin, end - begin});
+    }
+    return pieces;
+}
+
+void copy_plain(const std::vector<Piece>& pieces, int threads) {
+    parallel_for(threads, pieces.size(), [&](uint64_t i) {
+        if (pieces[i].bytes > 0) std::memcpy(pieces[i].to, pieces[i].from, pieces[i].bytes);
     });
 }
 

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "common.hpp"
 #include "plan.hpp"
@@ -24,7 +25,15 @@ void store_fence() noexcept;
 // Copies from a slot's bytes into the items' memory.
 void scatter(const byte* slot, uint64_t slot_bytes, const ItemTable& items, int threads);
 
-// A plain memcpy by several threads, the yardstick of the benchmarks.
-void copy_plain(byte* to, const byte* from, uint64_t bytes, int threads);
+// A plain memcpy by several threads, the yardstick of the benchmarks: one call of memcpy for each piece.
+struct Piece {
+    byte* to;
+    const byte* from;
+    uint64_t bytes;
+};
+void copy_plain(const std::vector<Piece>& pieces, int threads);
+
+// One piece for each thread.
+std::vector<Piece> shares_of(const Piece& whole, int threads);
 
 }  // namespace snapshotd

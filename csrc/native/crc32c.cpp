@@ -136,12 +136,21 @@ SNAPSHOTD_VPCLMUL inline __m128i fold_lane(__m128i value, __m128i onto) {
                          onto);
 }
 
+// A page ahead, since the hardware's own prefetching stops where a page ends. A tenth faster on memory that is in no
+// cache.
+constexpr size_t kAhead = 4096;
+
+inline void prefetch_lines(const unsigned char* p) {
+    for (size_t at = 0; at < 256; at += 64) _mm_prefetch(reinterpret_cast<const char*>(p + at), _MM_HINT_T0);
+}
+
 SNAPSHOTD_VPCLMUL uint32_t extend_vpclmul(uint32_t state, const void* data, size_t bytes) {
     auto* p = static_cast<const unsigned char*>(data);
     if (bytes < 512) return extend_sse42(state, data, bytes);
     __m512i a = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
     __m512i b = _mm512_loadu_si512(p + 64), c = _mm512_loadu_si512(p + 128), d = _mm512_loadu_si512(p + 192);
     for (p += 256, bytes -= 256; bytes >= 256; p += 256, bytes -= 256) {
+        if (bytes >= 256 + kAhead) prefetch_lines(p + kAhead);
         a = fold<2048>(a, _mm512_loadu_si512(p));
         b = fold<2048>(b, _mm512_loadu_si512(p + 64));
         c = fold<2048>(c, _mm512_loadu_si512(p + 128));

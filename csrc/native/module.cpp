@@ -290,6 +290,29 @@ void bind_arena(py::module_& m) {
 
 // --- the copy engine
 
+Piece piece_of(const Bytes& to, const Bytes& from) {
+    if (to.size() != from.size()) throw std::invalid_argument("dst and src must have the same length");
+    return {to.data(), from.data(), to.size()};
+}
+
+// From one buffer to one, or from each of many to its own.
+void copy(py::handle dst, py::handle src, int threads) {
+    std::vector<std::unique_ptr<Bytes>> held;
+    auto hold = [&](py::handle object, bool writable) -> const Bytes& {
+        return *held.emplace_back(std::make_unique<Bytes>(object, writable));
+    };
+    std::vector<Piece> pieces;
+    if (PyObject_CheckBuffer(dst.ptr())) {
+        pieces = shares_of(piece_of(hold(dst, true), hold(src, false)), threads);
+    } else {
+        auto to = py::cast<std::vector<py::object>>(dst), from = py::cast<std::vector<py::object>>(src);
+        if (to.size() != from.size()) throw std::invalid_argument("dst and src must have the same count of buffers");
+        for (size_t i = 0; i < to.size(); ++i) pieces.push_back(piece_of(hold(to[i], true), hold(from[i], false)));
+    }
+    NoGil release;
+    copy_plain(pieces, threads);
+}
+
 void bind_engine(py::module_& m) {
     py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan", py::is_final())
         .def(py::init([](py::handle file_bytes, py::handle now, py::handle later) {
@@ -338,15 +361,7 @@ void bind_engine(py::module_& m) {
             scatter(slot.data(), slot.size(), table, threads);
         },
         "view"_a, "items"_a, "threads"_a = 1);
-    m.def(
-        "copy",
-        [](py::handle dst, py::handle src, int threads) {
-            Bytes to(dst, true), from(src);
-            if (to.size() != from.size()) throw std::invalid_argument("dst and src must have the same length");
-            NoGil release;
-            copy_plain(to.data(), from.data(), to.size(), threads);
-        },
-        "dst"_a, "src"_a, "threads"_a = 1);
+    m.def("copy", copy, "dst"_a, "src"_a, "threads"_a = 1);
 }
 
 // --- checksums, crash points, memory
