@@ -1,0 +1,199 @@
+"""The `snapshotd` command. Exit status: 0 done, 1 it could not be done, 2 wrong usage or settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from snapshotd import faults, wire
+from snapshotd.budget import shown
+from snapshotd.clock import SystemClock
+from snapshotd.config import DaemonConfig, find_socket, load_client_config, load_daemon_config
+from snapshotd.door_client import DoorClient
+from snapshotd.errors import ConfigError, ProtocolError, SnapshotError
+
+SETTINGS: Mapping[str, tuple[str, str]] = {
+    "node_id": ("LABEL", "what people call this node (default: the host's name)"),
+    "listen": ("tcp://HOST:PORT", "also answer status questions here; loopback only (default: off)"),
+    "advertise": ("HOST:PORT", "the address that peers should use, shown in status (default: none)"),
+    "socket": ("PATH", "where trainers and tools knock (default: $XDG_RUNTIME_DIR/snapshotd.sock, else /run/…)"),
+    "shm_dir": ("DIR", "the directory on tmpfs that holds the arenas (default: /dev/shm/snapshotd/<uid>)"),
+    "memory_limit": ("BYTES", "most memory for arenas, like 64GiB (default: what tmpfs and cgroups allow)"),
+    "claim_wait_s": ("SECONDS", "how long a claim waits for a rank's last trainer to end (default: 10)"),
+    "lease_s": ("SECONDS", "arenas that no trainer comes back for are freed after this (default: 86400)"),
+    "exit_idle": ("yes|no", "end once nobody is connected and no arena is left (default: no)"),
+    "crash": ("POINT[:N]", "die by SIGKILL at this point, for tests of recovery (default: off)"),
+}
+ASK_S = 30.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.do(options))
+    except SnapshotError as error:
+        print(f"snapshotd: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `snapshotd status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="snapshotd", description="Keeps the state of PyTorch training in host memory, outside the trainer."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_serve(commands)
+    stop = _add(commands, "stop", "end the daemon; what it keeps stays in memory for the next one", _stop)
+    status = _add(commands, "status", "what is kept, and what could be restored and why; changes nothing", _status)
+    status.add_argument("--json", action="store_true", help="the whole document, as docs/status.md describes it")
+    status.add_argument("--connect", metavar="tcp://HOST:PORT", help="ask a daemon that listens there")
+    collect = _add(commands, "gc", "dismiss what is kept for jobs that no living trainer holds", _collect)
+    collect.add_argument("--job", help="only of this job")
+    collect.add_argument("--generation", type=int, help="only of this generation number")
+    run = _add(commands, "run", "run a command beside a daemon, which is started if none answers", _run)
+    run.add_argument("--job", help="the job's name (SNAPSHOTD_JOB for the command)")
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="for example: -- torchrun …")
+    for one in (stop, status, collect, run):
+        one.add_argument("--socket", type=Path, metavar="PATH", help="the daemon's socket (SNAPSHOTD_SOCKET)")
+    _add_drill(commands)
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, do: object) -> (
+    argparse.ArgumentParser
+):  # fmt: skip
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(do=do)
+    return parser
+
+
+# --- serve ---------------------------------------------------------------------------------------
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    serve = _add(commands, "serve", "be this node's daemon", _serve)
+    serve.add_argument("--config", type=Path, metavar="FILE", help="a TOML file with any of the settings below")
+    serve.add_argument("--verbose", action="store_true", help="log every commit and freed slot too")
+    settings = serve.add_argument_group(
+        "settings", "each is a flag, a key of the TOML file, or an environment variable; the first of flag, variable, "
+        "file that has it wins"
+    )  # fmt: skip
+    for one in fields(DaemonConfig):
+        public = one.name.removesuffix("_s")
+        placeholder, text = SETTINGS[one.name]
+        settings.add_argument(
+            f"--{public.replace('_', '-')}",
+            dest=one.name,
+            metavar=placeholder,
+            nargs="?" if one.name == "exit_idle" else None,
+            const="yes" if one.name == "exit_idle" else None,
+            help=f"{text} [{public} = …, SNAPSHOTD_{public.upper()}]",
+        )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    flags = {one.name: getattr(options, one.name) for one in fields(DaemonConfig)}
+    config = load_daemon_config(flags, os.environ, options.config)
+    try:
+        faults.arm(config.crash)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if options.verbose else logging.INFO,
+        format="%(asctime)s %(levelname)s %(message)s",
+    )
+    logging.getLogger("asyncio").setLevel(logging.WARNING)
+    from snapshotd.daemon import serve
+
+    serve(config, SystemClock())
+    return 0
+
+
+# --- tools ---------------------------------------------------------------------------------------
+
+
+def _stop(options: argparse.Namespace) -> int:
+    _ask(_socket(options), wire.Stop())
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    if options.connect:
+        from snapshotd.listener import ask_over_network
+
+        reply = ask_over_network(options.connect, wire.AskStatus(), ASK_S)
+    else:
+        reply = _ask(_socket(options), wire.AskStatus())
+    if not isinstance(reply, wire.StatusReport):
+        raise ProtocolError("unexpected", "the daemon answered with something else; install the same release")
+    document = json.loads(reply.document)
+    if options.json:
+        print(json.dumps(document, indent=2))
+    else:
+        from snapshotd import status
+
+        print(status.text(document))
+    return 0
+
+
+def _collect(options: argparse.Namespace) -> int:
+    if options.generation is not None and options.generation < 0:
+        raise ConfigError(f"--generation is {options.generation}; generations count from 1")
+    reply = _ask(_socket(options), wire.Collect(options.job, options.generation))
+    if not isinstance(reply, wire.Collected):
+        raise ProtocolError("unexpected", "the daemon answered with something else; install the same release")
+    print(f"freed {reply.arenas} arenas, {shown(reply.freed_bytes)}")
+    for sentence in reply.kept:
+        print(f"kept: {sentence}")
+    return 0
+
+
+def _socket(options: argparse.Namespace) -> Path:
+    """The daemon that a tool means: flag, SNAPSHOTD_SOCKET, the user's own, the system's."""
+    return Path(options.socket) if options.socket else load_client_config(os.environ).socket
+
+
+def _ask(socket: Path, request: wire.Request) -> wire.Reply:
+    with DoorClient.connect(socket, timeout_s=5.0) as door:
+        door.ask(wire.Hello("tool", os.getpid()), timeout_s=ASK_S)
+        reply, _ = door.ask(request, timeout_s=ASK_S)
+        return reply
+
+
+# --- run and drill -------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    from snapshotd.launch import run
+
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        raise ConfigError("there is no command to run; write it after --, like `snapshotd run -- torchrun train.py`")
+    given = options.socket or os.environ.get("SNAPSHOTD_SOCKET")
+    socket = Path(given).expanduser().absolute() if given else find_socket(os.environ)
+    return run(command, socket, options.job, dict(os.environ))
+
+
+def _add_drill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from snapshotd import drill
+
+    text = "kill a real training run on this machine and show that it comes back bit for bit"
+    drill.add_arguments(_add(commands, "drill", text, _drill))
+
+
+def _drill(options: argparse.Namespace) -> int:
+    from snapshotd import drill
+
+    return drill.run_drill(drill.DrillOptions.of(options))

@@ -1,0 +1,71 @@
+"""What is counted, and how often a repeated complaint is worth a line in the log."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Final
+
+from snapshotd.clock import Clock
+
+COUNTERS: Final = {
+    "commits": "snapshots committed",
+    "aborts": "snapshots given up because a rank passed their step without them",
+    "committed_bytes": "bytes of the shards in committed snapshots",
+    "deaths": "trainers seen dead while they held an arena",
+    "slots_emptied_after_death": "half-filled slots that dead trainers left",
+    "arenas_created": "arenas created",
+    "arenas_inherited": "arenas handed on to a later generation",
+    "arenas_freed": "arenas freed",
+    "refused": "requests answered with a refusal, by kind",
+    "dropped": "frames and connections dropped, by reason",
+    "quarantined": "shards that failed their checksums",
+    "errors": "events that ended in an exception of our own; the log has the traceback",
+}
+_REASONS_MAX = 64
+
+
+class Metrics:
+    """Counters of this daemon's life. `add` knows no other names than those of `COUNTERS`."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self._by_reason: dict[str, Counter[str]] = {}
+
+    def add(self, name: str, amount: int = 1, reason: str = "") -> None:
+        """Count. Reasons come from outside, so there is a bound on how many are told apart."""
+        if name not in COUNTERS:
+            raise KeyError(name)
+        self._counts[name] += amount
+        if reason:
+            reasons = self._by_reason.setdefault(name, Counter())
+            reasons[reason if reason in reasons or len(reasons) < _REASONS_MAX else "other"] += amount
+
+    def count(self, name: str) -> int:
+        """How often, or how much, so far."""
+        return self._counts[name]
+
+    def document(self) -> dict[str, int | dict[str, int]]:
+        """All counters for the status document; those with reasons as one object by reason."""
+        flat: dict[str, int | dict[str, int]] = {f"{name}_total": count for name, count in self._counts.items()}
+        return flat | {f"{name}_by_reason": dict(reasons) for name, reasons in self._by_reason.items()}
+
+
+class Repeats:
+    """Logs the first line of each kind at once, and its repetitions at most once per `pause_s`, with their number."""
+
+    def __init__(self, log: logging.Logger, clock: Clock, pause_s: float = 60.0) -> None:
+        self._log, self._clock, self._pause_s = log, clock, pause_s
+        self._last: dict[str, tuple[float, int]] = {}
+
+    def warning(self, kind: str, sentence: str) -> None:
+        """Log `sentence`, unless this kind was logged within the pause."""
+        now_s = self._clock.monotonic_s()
+        last_s, held_back = self._last.get(kind, (-self._pause_s, 0))
+        if now_s - last_s < self._pause_s:
+            self._last[kind] = (last_s, held_back + 1)
+            return
+        if len(self._last) >= _REASONS_MAX:
+            self._last.clear()
+        self._last[kind] = (now_s, 0)
+        self._log.warning("%s%s", sentence, f" ({held_back} more like this since)" if held_back else "")
