@@ -460,6 +460,7 @@ std::vector<uint32_t> Arena::block_crcs(uint32_t index) const {
 }
 
 void Arena::set_block_crcs(const Mapping& map, uint32_t index, uint64_t file_bytes) const {
+    check_index(index);
     check_file_bytes(file_bytes);
     Word32* table = crc_table(map, index);
     const byte* data = slot_bytes_at(map, index);
@@ -470,6 +471,7 @@ void Arena::set_block_crcs(const Mapping& map, uint32_t index, uint64_t file_byt
 }
 
 std::vector<uint64_t> Arena::verify(const Mapping& map, uint32_t index, int threads) const {
+    check_index(index);
     check_threads(threads);
     uint64_t file_bytes = header_of(map).slot[index].file_bytes.load(std::memory_order_acquire);
     if (file_bytes > geometry_.slot_bytes) throw FormatError("the slot's length is damaged: it exceeds the slot");

@@ -3,7 +3,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <sys/syscall.h>
+#include <sys/sysinfo.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -62,7 +65,12 @@ bool make_huge_pages(byte* base, uint64_t bytes) {
 // it cheaper: a trainer maps, fills and leaves 2 GiB in milliseconds instead of half a second. All of this is a
 // preference: what it leaves undone, posix_fallocate does.
 void make_pages(int fd, uint64_t total_bytes, int node) {
-    byte* base = map_shared(fd, total_bytes, true);
+    byte* base;
+    try {
+        base = map_shared(fd, total_bytes, true);
+    } catch (const OsError&) {
+        return;
+    }
     prefer_node(base, total_bytes, node);
     uint64_t at = 0;
     for (uint64_t piece; total_bytes - at >= kHugePage; at += piece) {
@@ -110,17 +118,38 @@ byte* map_shared(int fd, uint64_t bytes, bool writable) {
     return base;
 }
 
+namespace {
+
+// Asked before the first page is made: filling a file system or a machine to the brim only to give it all back would
+// take others' room meanwhile, and past a cgroup's limit the answer is not ENOSPC but SIGKILL.
+bool has_room(int fd, uint64_t total_bytes) {
+    struct stat file;
+    struct statvfs system;
+    struct sysinfo machine;
+    if (fstat(fd, &file) != 0 || fstatvfs(fd, &system) != 0 || sysinfo(&machine) != 0) return true;
+    const uint64_t held = static_cast<uint64_t>(file.st_blocks) * 512;
+    const uint64_t wanted = total_bytes > held ? total_bytes - held : 0;
+    const bool limited = system.f_blocks > 0;
+    if (limited && wanted / system.f_frsize > system.f_bavail) return false;
+    return wanted / machine.mem_unit <= machine.totalram + machine.totalswap;
+}
+
+int reserve_or_error(int fd, uint64_t total_bytes, int numa_node) {
+    if (!has_room(fd, total_bytes)) return ENOSPC;
+    if (ftruncate(fd, static_cast<off_t>(total_bytes)) != 0) return errno;
+    make_pages(fd, total_bytes, numa_node);
+    return allocate(fd, total_bytes);
+}
+
+}  // namespace
+
 void reserve(int fd, uint64_t total_bytes, int numa_node) {
     if (total_bytes == 0 || total_bytes > (1ull << 60)) throw std::invalid_argument("total_bytes is out of range");
-    if (ftruncate(fd, static_cast<off_t>(total_bytes)) != 0) {
-        throw OsError(errno, std::string("the arena file cannot be given its length: ") + std::strerror(errno));
-    }
-    make_pages(fd, total_bytes, numa_node);
-    int error = allocate(fd, total_bytes);
+    int error = reserve_or_error(fd, total_bytes, numa_node);
     if (error == 0) return;
+    const std::string why = std::strerror(error);
     if (ftruncate(fd, 0) != 0) error = errno;
-    throw OsError(error, "no room for an arena of " + std::to_string(total_bytes) +
-                             " bytes: " + std::strerror(error));
+    throw OsError(error, "no room for an arena of " + std::to_string(total_bytes) + " bytes: " + why);
 }
 
 void populate(void* base, size_t bytes, bool writable) {
