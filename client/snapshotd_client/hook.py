@@ -159,7 +159,7 @@ class Guard:
                 "snapshotd: restored, but the arena could not be taken over (%s); asking again meanwhile", error
             )
             self._link = self._make_link()
-            self._link.request_layout(planned)
+            self._link.inherit(planned, shard.arena, report.slot_bytes, report.block_bytes)
             return
         self._link = self._make_link()
         if planned.manifest.file_bytes <= copier.arena.slot_bytes:
@@ -226,6 +226,11 @@ class Guard:
         """The daemon named a step, this is the first one at or after it with something new, and it was not served."""
         naming = copier.arena.naming
         return naming != self._served_naming and 0 < copier.arena.next_step <= self._step
+
+    def _asked(self, copier: Copier) -> int | None:
+        """The step at or after which the daemon wants the next snapshot; None while it has not said."""
+        arena = copier.arena
+        return arena.next_step if arena.naming != self._served_naming and arena.next_step else None
 
     def _cut(self, copier: Copier, planned: Layout, link: Link) -> bool:
         """Capture host state and start the copy; False where this step goes without a snapshot."""
@@ -403,6 +408,7 @@ class Guard:
             "mode": self._mode,
             "step": self._step,
             "committed_step": (copier.arena.committed_step or None) if copier else None,
+            "asked_step": self._asked(copier) if copier else None,
             "protected": copier is not None and not self._off,
             "connected": bool(link and link.connected()),
             "trouble": link.trouble if link else "",

@@ -52,6 +52,7 @@ class Link:
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._attempt = 0
+        self._inherit: tuple[bytes, int, int] | None = None
         self._refused = ""
         self._lost = False
         self.copier: Copier | None = None
@@ -72,6 +73,10 @@ class Link:
         """Take an arena that a restore mapped already (before `start`)."""
         self.copier, self.layout = copier, layout
         self._ready.set()
+
+    def inherit(self, layout: Layout, arena_id: bytes, slot_bytes: int, block_bytes: int) -> None:
+        """Take over this arena as soon as a daemon answers (before `start`): the restore itself could not."""
+        self._wanted, self._inherit = layout, (arena_id, slot_bytes, block_bytes)
 
     def request_plan(self) -> None:
         """Ask for a first layout and an arena; returns at once and may be repeated."""
@@ -186,7 +191,11 @@ class Link:
         old = self.copier
         size = layout.manifest.file_bytes if old is None else layout.manifest.file_bytes * 5 // 4
         request = attach_request(self.session, layout, self._passed(), size)
-        request = changed(request, replaces=old.arena.arena_id if old is not None else None)
+        if old is not None:
+            request = changed(request, replaces=old.arena.arena_id)
+        elif self._inherit is not None:
+            arena_id, slot_bytes, block_bytes = self._inherit
+            request = changed(request, arena=arena_id, slot_bytes=slot_bytes, block_bytes=block_bytes)
         copier = self._claim(request)
         if copier is None:
             return
@@ -227,6 +236,7 @@ class Link:
             self._refused = str(error)
             self._warn("refused", f"this rank has no snapshots: {error}; training goes on unprotected")
             self._attempt += 1
+            self._inherit = None
             return None
         except (DaemonUnavailable, ProtocolError, SnapshotError, OSError) as error:
             log.debug("snapshotd: a claim failed: %s", error)

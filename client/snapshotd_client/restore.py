@@ -309,18 +309,22 @@ class _Attempt:
 def _item(local: torch.Tensor, offset: tuple[int, ...], entry: manifest.Entry, place: int) -> tuple[list[Item], int]:
     """Where a chunk of a file goes in the local tensor, and how many elements that is.
 
-    LayoutChanged if the chunk is not wholly inside what this rank holds: that takes resharding.
+    A chunk that lies elsewhere in the global tensor is another rank's: no items. LayoutChanged if it lies partly inside
+    what this rank holds: that takes resharding.
     """
     width = local.element_size()
     shape, start = entry.shape, entry.offset
     if "dtype" in entry.facts:  # stored as bytes: back to elements
         shape = (*shape[:-1], shape[-1] // width) if entry.facts["shape"] else ()
         start = (*start[:-1], start[-1] // width) if entry.facts["shape"] else ()
+    mine = zip(offset, local.shape, start, shape, strict=True)
+    if any(first >= low + held or first + length <= low for low, held, first, length in mine):
+        return [], 0
     target = local
-    for dim, (mine, length, first) in enumerate(zip(offset, shape, start, strict=True)):
-        if first < mine or first + length > mine + local.shape[dim]:
+    for dim, (low, length, first) in enumerate(zip(offset, shape, start, strict=True)):
+        if first < low or first + length > low + local.shape[dim]:
             raise LayoutChanged(f"{entry.name} is sharded differently in the snapshot")
-        target = target.narrow(dim, first - mine, length)
+        target = target.narrow(dim, first - low, length)
     if target.numel() == 0:
         return [], 0
     strides = tuple(stride * width for stride in target.stride())

@@ -41,7 +41,7 @@ def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_MAX_S
 
 @dataclass(frozen=True)
 class Spec:
-    """What a trainer does. `die`: "" (trains to the end), "now", "raise", or "after_commit" (SIGKILL once one is there)."""
+    """What a trainer does. `die`: "" (trains to the end), "now", "raise", or "after_commit" (SIGKILL after one)."""
 
     recipe: str
     socket: str
@@ -62,6 +62,8 @@ class Spec:
     restore: dict[str, Any] = field(default_factory=dict)
     close: bool = True
     dump: str = ""
+    flush_s: float = 10.0
+    gates: dict[int, str] = field(default_factory=dict)
 
 
 class Trainer:
@@ -106,12 +108,11 @@ class Trainer:
 class Daemon:
     """One daemon with its own socket and its own directory in shared memory."""
 
-    def __init__(self, shm_dir: Path, folder: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, shm_dir: Path, folder: Path, *flags: str) -> None:
         self.shm_dir, self.folder, self.flags = shm_dir, folder, flags
         self.socket = folder / "door.sock"
         self.log = folder / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
-        self.start(environment)
 
     def start(self, environment: dict[str, str] | None = None) -> None:
         """Start it and wait until it answers, or until it ended by itself."""
@@ -130,7 +131,7 @@ class Daemon:
                 [*command, *self.flags], stdout=log, stderr=log, env={**os.environ, **(environment or {})}
             )
         process = self.process
-        until(lambda: self.answers() or process.poll() is not None, f"an answer of the daemon ({self.log.read_text()})")
+        until(lambda: self.answers() or process.poll() is not None, f"an answer of the daemon, see {self.log}")
 
     def answers(self) -> bool:
         with contextlib.suppress(Exception):
@@ -175,10 +176,10 @@ class Daemon:
 class Stage:
     """What a test plays on: one daemon, any number of trainers, all ended in the end."""
 
-    def __init__(self, shm_dir: Path, folder: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, shm_dir: Path, folder: Path, *flags: str) -> None:
         self.folder, self._count = folder, 0
         self.trainers: list[Trainer] = []
-        self.daemon = Daemon(shm_dir, folder, *flags, environment=environment)
+        self.daemon = Daemon(shm_dir, folder, *flags)
 
     def spec(self, recipe: str, **changes: Any) -> Spec:
         self._count += 1
@@ -221,8 +222,9 @@ class Stage:
 @contextlib.contextmanager
 def stage(shm_dir: Path, folder: Path, *flags: str, environment: dict[str, str] | None = None) -> Iterator[Stage]:
     """A stage that is cleared in the end."""
-    one = Stage(shm_dir, folder, *flags, environment=environment)
+    one = Stage(shm_dir, folder, *flags)
     try:
+        one.daemon.start(environment)
         yield one
     finally:
         one.close()

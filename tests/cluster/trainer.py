@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import time
 from datetime import timedelta
 from typing import IO, TYPE_CHECKING, Any
 
@@ -87,13 +88,15 @@ def train(spec: Spec, journal: Journal) -> None:
         first = guard.restore(**spec.restore)
         journal.write("restored", step=first, report=guard.status()["restore"])
     for step in range(first, spec.steps):
+        wait_at_gate(spec, step, journal)
         loss = run.body(step)
         journal.write("step", step=step, loss=float(loss.detach()).hex())
         if guard is not None:
             if not spec.hooks_only:
                 guard.step()
             if spec.flush:
-                journal.write("committed", step=guard.flush(10.0))
+                journal.write("committed", step=guard.flush(spec.flush_s))
+                wait_until_asked(guard)
         if spec.die and step + 1 == spec.die_step:
             dump(spec, run)
             die(spec, guard, journal)
@@ -102,12 +105,30 @@ def train(spec: Spec, journal: Journal) -> None:
         guard.close()
 
 
+def wait_until_asked(guard: snapshotd_client.Guard) -> None:
+    """Until the daemon has asked for the next snapshot (for a moment only): these steps are far too short."""
+    for _ in range(200):
+        status = guard.status()
+        if status["asked_step"] is not None or not status["connected"]:
+            return
+        time.sleep(0.001)
+
+
+def wait_at_gate(spec: Spec, step: int, journal: Journal) -> None:
+    """Hold before this step until the test opens the gate (creates the file)."""
+    gate = spec.gates.get(step)
+    if gate:
+        journal.write("at gate", step=step)
+        while not os.path.exists(gate):
+            time.sleep(0.005)
+
+
 def dump(spec: Spec, run: recipes.Run) -> None:
     """Whole parameters and moments by name, as torch itself sees them, for tests that read slots as files."""
     if not spec.dump:
         return
     whole = {name: _whole(parameter) for name, parameter in run.model.named_parameters()}
-    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    names = {id(parameter): name.removeprefix("module.") for name, parameter in run.model.named_parameters()}
     for parameter, state in run.optimizers[0].state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim():
