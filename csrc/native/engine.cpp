@@ -116,7 +116,6 @@ Woken Engine::wait(Clock::time_point deadline) const {
 // --- one copy, seen from the caller
 
 void Engine::check_begin(const Plan& plan, uint32_t index) const {
-    if (!in_this_process()) throw std::logic_error("the engine's threads stayed in the parent of this process");
     std::shared_ptr<Mapping> map = arena_.mapped_for_writing();
     if (plan.file_bytes > geometry_.slot_bytes) {
         throw std::invalid_argument("the plan has " + std::to_string(plan.file_bytes) + " bytes, the slot only " +
@@ -131,11 +130,12 @@ void Engine::check_begin(const Plan& plan, uint32_t index) const {
 }
 
 void Engine::begin(std::shared_ptr<Plan> plan, uint32_t index, int notify_fd) {
+    if (!in_this_process()) throw std::logic_error("the engine's threads stayed in the parent of this process");
     Clock::time_point began = Clock::now();
     uint32_t expected = idle;
     // The end of the last copy may still be announcing itself: that takes microseconds.
     while (!phase_.compare_exchange_strong(expected, running_copy)) {
-        if (!in_this_process() || expected == running_copy) throw std::logic_error("a copy is running: wait for it first");
+        if (expected == running_copy) throw std::logic_error("a copy is running: wait for it first");
         if (expected == closed) throw std::logic_error("the engine is closed");
         wait(deadline_after(kForever_s));
         expected = idle;
