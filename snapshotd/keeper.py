@@ -24,6 +24,7 @@ from snapshotd.liveness import Watch, holder_pid
 from snapshotd.metrics import Metrics, Repeats
 from snapshotd.wire import ArenaReport, GenerationId, Inventory, Shard, SnapshotId
 
+VERIFY_THREADS = 2
 log = logging.getLogger("snapshotd")
 
 
@@ -80,6 +81,7 @@ class Keeper:
             file.job, file.generation, range(owner.local_world), owner.world_size, owner.every, file.restored
         )
         self._add(file, generation)
+        self._verify_undecided(file)
         generation.attached.add(owner.rank)
         pid = holder_pid(file.lock_fd)
         if pid is not None:
@@ -88,6 +90,21 @@ class Keeper:
         generation.died(owner.rank)
         if not owner.released_at_s:
             file.amend(released_at_s=int(self.clock.wall_s()))
+
+    def _verify_undecided(self, file: ArenaFile) -> None:
+        """Read what an earlier daemon left undecided before this one commits it and frees what is older.
+
+        Nobody watched these bytes between the two daemons; a committed snapshot has nothing older to fall back on.
+        """
+        for view in views(file):
+            if view.progress not in (Progress.FULL, Progress.PROTECTED) or view.snapshot is None:
+                continue
+            broken = file.native.verify(view.index, VERIFY_THREADS)
+            if broken:
+                why = f"{len(broken)} blocks fail their checksum, the first is block {broken[0]}"
+                file.quarantined[view.index] = (view.snapshot, why)
+                self.metrics.add("quarantined")
+                log.warning("job %r: %s of rank %d is set aside: %s", file.job, view.snapshot, file.owner.rank, why)
 
     # --- generations ------------------------------------------------------------------------------
 
