@@ -29,6 +29,7 @@ lint: $(STAMP)
 
 types: $(STAMP)
 	$(BIN)/mypy
+	$(BIN)/mypy --python-version 3.10 snapshotd client/snapshotd_client
 
 layers: $(STAMP)
 	$(BIN)/lint-imports
