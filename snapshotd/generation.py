@@ -101,11 +101,11 @@ class Generation:
     def fence(self) -> None:
         """No decision of this generation is applied any more; written down, so that the next daemon knows it too."""
         self.ledger.fenced = True
-        crash_point("fence.before")
         for file in self.all_files():
+            crash_point("fence.before")
             if not file.owner.fenced:
                 file.amend(fenced=True)
-        crash_point("fence.after")
+            crash_point("fence.after")
 
     # --- looking and acting -----------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ class Keeper:
             if any(file.owner.fenced for file in generation.all_files()):
                 generation.fence()
             self.look(generation)
-            self._free_if_closed(generation)
+            self._free_if_closed(generation, begun=not any(one.job == slug(generation.job) for one in self.damaged))
         if files:
             log.info("adopted %d arenas of %d generations", len(files), len(self.generations))
 
@@ -404,10 +404,12 @@ class Keeper:
         if not generation.files:
             self.generations.pop((generation.job, generation.identity), None)
 
-    def _free_if_closed(self, generation: Generation) -> None:
+    def _free_if_closed(self, generation: Generation, begun: bool = False) -> None:
+        """`begun`: arenas of closed ranks may be gone already (a daemon died while it freed them)."""
         files = generation.all_files()
-        closed = {file.owner.rank for file in files if file.owner.closed}
-        if not files or closed != set(generation.ledger.ranks) or any(file.pinned for file in files):
+        closed = {rank for rank, own in generation.files.items() if all(file.owner.closed for file in own)}
+        everyone = set(generation.files) if begun else set(generation.ledger.ranks)
+        if not files or closed != everyone or any(file.pinned for file in files):
             return
         self._free_superseded(generation)
         for file in files:
