@@ -197,14 +197,14 @@ class Guard:
             return
         began_s = self._clock.monotonic_s()
         try:
-            self._advance(exact=True)
+            if self._mode != "exact":
+                self._enter_exact_mode()
+            self._advance()
         except Exception:  # training must never die of us
             self._failed("guard.step()")
         self._timings["step_s"] = self._clock.monotonic_s() - began_s
 
-    def _advance(self, *, exact: bool) -> None:
-        if exact and self._mode != "exact":
-            self._enter_exact_mode()
+    def _advance(self) -> None:
         link = self._link or self._start_link()
         self._step += 1
         stepped, self._stepped, self._iterated = self._stepped, False, False
@@ -298,7 +298,7 @@ class Guard:
                 self._refuse_in_backward()
                 return
             if self._mode == "hooks" and self._iterated:
-                self._advance(exact=False)
+                self._advance()
             ready = self._link.ready() if self._link else None
             if ready is not None:
                 began_s = self._clock.monotonic_s()
@@ -332,7 +332,7 @@ class Guard:
         if self._off or self._closed or self._mode != "hooks" or not self._iterated or not torch.is_grad_enabled():
             return
         try:
-            self._advance(exact=False)
+            self._advance()
         except Exception:
             self._failed("the model's forward pre-hook")
 
@@ -465,21 +465,25 @@ class Guard:
     def _close(self, *, failed: bool) -> None:
         if self._closed:
             return
-        try:
-            if not failed and self._mode == "hooks" and self._iterated:
-                self._advance(exact=False)
-            if self._link is not None and (self._link.connected() or self._link.copier is not None):
-                self.flush(CLOSE_WAIT_S if self._link.connected() else 1.0)
-            self._closed = True
-            self._let_go(failed)
-        except Exception:
-            self._failed("close()")
-        finally:
-            self._closed = True
-            self._hooks.remove()
+        for part in (self._last_cut, self._last_flush, self._let_go):
+            try:
+                part(failed)
+            except Exception:  # the next part must come, whatever this one met
+                self._failed("close()")
+        self._closed = True
+        self._hooks.remove()
+
+    def _last_cut(self, failed: bool) -> None:
+        if not failed and not self._off and self._mode == "hooks" and self._iterated:
+            self._advance()
+
+    def _last_flush(self, failed: bool) -> None:
+        link = self._link
+        if link is not None and (link.connected() or link.copier is not None):
+            self.flush(CLOSE_WAIT_S if link.connected() else 1.0)
 
     def _let_go(self, failed: bool) -> None:
-        link = self._link
+        link, self._closed = self._link, True
         door = link.stop() if link is not None and link.started() else self._door
         copier = link.copier if link is not None else None
         if copier is not None and door is not None and not failed:

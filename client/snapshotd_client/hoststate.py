@@ -25,11 +25,13 @@ from typing import Any
 
 import torch
 
+from snapshotd.errors import ConfigError
+
 EMBED_BYTES_MAX = 4096
 TAG = "~"  # key that marks a tagged object; a user's own dict with this key is tagged as well
 
 
-class NotStorable(TypeError):
+class NotStorable(ConfigError):
     """A value that can neither be said in JSON nor read back with `weights_only=True`."""
 
 

@@ -167,7 +167,7 @@ class Link:
             self._wanted = self._plan()
         except RuntimeError as error:  # the loop changed a dict while it was read: look again after the next step
             log.debug("snapshotd: planning the layout is put off: %s", error)
-        except (SnapshotError, TypeError) as error:
+        except SnapshotError as error:
             self._refused = str(error)
             self._warn("plan", f"snapshots of this run are off: {error}; training goes on unprotected")
         self._want_plan = False

@@ -64,3 +64,21 @@ def test_a_killed_group_resumes_bit_for_bit(recipe: str, shm_dir: Path, tmp_path
             assert dead.losses() == {step: expected[step] for step in range(DEATH)}
             assert alive.losses() == {step: expected[step] for step in range(first, STEPS)}
             assert alive.events("end")[0]["digest"] == plain.events("end")[0]["digest"]
+
+
+@pytest.mark.parametrize("recipe", ["adamw", "one_cycle", "batchnorm_and_buffers", "sgd_momentum", "grad_scaler_fused"])
+def test_a_loop_without_a_step_line_resumes_exactly_where_hooks_can_serve_it(
+    recipe: str, shm_dir: Path, tmp_path: Path
+) -> None:
+    steps, death = 24, 17
+    with stage(shm_dir, tmp_path) as scene:
+        undisturbed = scene.run(recipe, guard=False, steps=steps)
+        killed = scene.run(recipe, steps=steps, hooks_only=True, die="after_commit", die_step=death)
+        assert killed.process.exitcode == -9, killed.events("error")
+        resumed = scene.run(recipe, steps=steps, hooks_only=True)
+        assert resumed.process.exitcode == 0, resumed.events("error")
+        first = resumed.events("restored")[0]["step"]
+        assert 0 < killed.events("dying")[0]["committed"] <= first < death
+        expected = undisturbed.losses()
+        assert resumed.losses() == {step: expected[step] for step in range(first, steps)}
+        assert resumed.events("end")[0]["digest"] == undisturbed.events("end")[0]["digest"]
