@@ -11,6 +11,8 @@ else the machine does meets all of them; a ratio is that of the medians, its spr
 2/3 of the flat memcpy is its bound where the memory is the limit and not the core.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import os
@@ -118,14 +120,14 @@ class Bench:
         self.targets = items_of(self.restored)
         self.flat = np.ones(total_bytes, dtype=np.uint8)
         self.slot, self.spare = arena.slot_view(0)[:total_bytes], arena.slot_view(1)[:total_bytes]
-        self.spare_parts = [self.spare[at : at + t.nbytes] for t, (_, at, *_rest) in zip(self.tensors, self.targets)]
+        self.spare_parts = [
+            self.spare[item[1] : item[1] + t.nbytes] for t, item in zip(self.tensors, self.targets, strict=True)
+        ]
         self.engine = _native.Engine(arena, threads)
         self.stores = self.engine.calibrate()
 
     def claim(self) -> None:
-        index = self.arena.claim(
-            generation=1, nonce=bytes(16), step=1, rank=0, world_size=1, fingerprint=bytes(32)
-        )
+        index = self.arena.claim(generation=1, nonce=bytes(16), step=1, rank=0, world_size=1, fingerprint=bytes(32))
         assert index == 0, "the first slot is free between two rounds"
 
     def snapshot(self) -> None:
@@ -214,7 +216,8 @@ def machine() -> str:
 
 
 def print_table(results: list[Result], total_bytes: int, rounds: int) -> None:
-    print(f"{machine()}\n{total_bytes / 2**30:.2f} GiB in {TENSORS} tensors, medians of {rounds} rounds taken in turns\n")
+    print(machine())
+    print(f"{total_bytes / 2**30:.2f} GiB in {TENSORS} tensors, medians of {rounds} rounds taken in turns\n")
     print("          threads   ours GB/s   memcpy GB/s   ratio   (middle half)   target   of a flat memcpy")
     for r in results:
         low, high = r.ratio_spread

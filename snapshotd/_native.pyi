@@ -5,9 +5,17 @@ allocates once a `Plan` exists. Buffers are anything with the buffer protocol.
 """
 
 from collections.abc import Sequence
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from typing_extensions import Buffer
+
+class _Array(Protocol):
+    """A numpy array or tensor: its stubs call it a buffer only from Python 3.12 on."""
+
+    @property
+    def __array_interface__(self) -> Any: ...
+
+_Bytes = Buffer | _Array
 
 ARENA_VERSION: int
 BLOCK_BYTES: int
@@ -26,13 +34,13 @@ class ArenaFormatError(ValueError):
 
 # --- checksums -----------------------------------------------------------------------------------
 
-def crc32c(data: Buffer, value: int = 0) -> int:
+def crc32c(data: _Bytes, value: int = 0) -> int:
     """CRC32C (Castagnoli, RFC 3720 B.4) of `data`, continued from `value`."""
 
 def crc32c_tiers() -> list[str]:
     """Names of the checksum implementations that this machine can run, the one in use first."""
 
-def crc32c_with(tier: str, data: Buffer, value: int = 0) -> int:
+def crc32c_with(tier: str, data: _Bytes, value: int = 0) -> int:
     """`crc32c` by the named tier (`table` is the oracle). ValueError where this machine cannot run it."""
 
 # --- crash points (tests and drills) -------------------------------------------------------------
@@ -59,7 +67,7 @@ def process_rss_anon_bytes() -> int:
 
 @final
 class SlotInfo:
-    """One consistent look at a slot. Identity fields are 0 while nobody has named the slot."""
+    """One consistent look at a slot. Identity fields are 0 while nobody has named the slot, and while it is emptied."""
 
     index: int
     state: int  # one of the tags above; any other value means that the word is damaged
@@ -102,7 +110,7 @@ class Arena:
     def format(
         fd: int, *, arena_id: bytes, job: str, local_index: int, slots: int, slot_bytes: int, block_bytes: int
     ) -> None:
-        """Write a fresh header into a file that was reserved. `job` is at most 200 bytes of UTF-8."""
+        """Write a fresh header into a reserved file. `arena_id` has 16 bytes, `job` 1 to 200 bytes of UTF-8."""
 
     def __init__(self, fd: int, *, writable: bool, populate: bool = False, exclude_from_fork: bool = False) -> None:
         """Map the file behind `fd` (which stays the caller's) and validate its header.
@@ -239,11 +247,11 @@ class Engine:
         """Cancel, then end the threads. Idempotent."""
 
 def scatter(
-    view: Buffer, items: Sequence[tuple[int, int, int, tuple[int, ...], tuple[int, ...]]], threads: int = 1
+    view: _Bytes, items: Sequence[tuple[int, int, int, tuple[int, ...], tuple[int, ...]]], threads: int = 1
 ) -> None:
-    """The way back: copy from a slot into tensors; items as in `Plan`, with the pointers as destinations. Holds no GIL."""
+    """The way back: copy from a slot into tensors. Items as in `Plan`, pointers are destinations. Holds no GIL."""
 
-def copy(dst: Buffer | Sequence[Buffer], src: Buffer | Sequence[Buffer], threads: int = 1) -> None:
+def copy(dst: _Bytes | Sequence[_Bytes], src: _Bytes | Sequence[_Bytes], threads: int = 1) -> None:
     """A plain multi-threaded memcpy (benchmarks), of one buffer or of each of many to its own. ValueError for unequal
     lengths. Holds no GIL."""
 

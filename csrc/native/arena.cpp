@@ -25,9 +25,13 @@ constexpr uint32_t kSealed = 0xC35AA53C;
 std::atomic<uint32_t> forks{0};
 const int registered = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
 
-bool is_past_filling(uint32_t state) { return state == kFull || state == kProtected || state == kCommitted; }
+bool is_past_filling(uint32_t state) {
+    return state == kFull || state == kProtected || state == kCommitted;
+}
 
-std::string describe(int error) { return std::strerror(error); }
+std::string describe(int error) {
+    return std::strerror(error);
+}
 
 // --- the static part
 
@@ -60,7 +64,8 @@ Geometry check_static_part(const StaticPart& part, uint64_t real_bytes) {
                           ": restore with the release that wrote it, or remove it with `snapshotd gc`");
     }
     if (part.crc != crc32c(0, &part, offsetof(StaticPart, crc))) {
-        throw FormatError("the arena's header is damaged: it does not match its checksum, so its snapshots count as lost");
+        throw FormatError(
+            "the arena's header is damaged: it does not match its checksum, so its snapshots count as lost");
     }
     Geometry geometry{};
     try {
@@ -88,8 +93,8 @@ uint64_t length_of(int fd) {
 
 StaticPart read_static_part(int fd, uint64_t real_bytes) {
     if (real_bytes < sizeof(Header)) {
-        throw FormatError("this is not an arena of snapshotd, or a truncated one: it has " + std::to_string(real_bytes) +
-                          " bytes, less than a header");
+        throw FormatError("this is not an arena of snapshotd, or a truncated one: it has " +
+                          std::to_string(real_bytes) + " bytes, less than a header");
     }
     StaticPart part;
     ssize_t got = pread(fd, &part, sizeof part, 0);
@@ -102,9 +107,15 @@ StaticPart read_static_part(int fd, uint64_t real_bytes) {
 
 using OwnerWords = std::array<uint64_t, kOwnerWords + 1>;  // the last one is the serial
 
-uint64_t two(uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(high) << 32; }
-uint32_t low(uint64_t word) { return static_cast<uint32_t>(word); }
-uint32_t high(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
+uint64_t two(uint32_t low, uint32_t high) {
+    return low | static_cast<uint64_t>(high) << 32;
+}
+uint32_t low(uint64_t word) {
+    return static_cast<uint32_t>(word);
+}
+uint32_t high(uint64_t word) {
+    return static_cast<uint32_t>(word >> 32);
+}
 
 OwnerWords pack_owner(const Owner& o, uint64_t serial) {
     return {o.generation,
@@ -142,9 +153,13 @@ Owner unpack_owner(const OwnerWords& w) {
     return o;
 }
 
-uint32_t crc_of(const OwnerWords& words) { return crc32c(0, words.data(), sizeof words); }
+uint32_t crc_of(const OwnerWords& words) {
+    return crc32c(0, words.data(), sizeof words);
+}
 
-uint64_t with_complement(uint32_t serial) { return two(serial, ~serial); }
+uint64_t with_complement(uint32_t serial) {
+    return two(serial, ~serial);
+}
 
 // One look at the record that counts; false where a writer was at it meanwhile.
 bool look_at_owner(const Header& header, OwnerWords& words, bool& sound) {
@@ -193,7 +208,9 @@ uint64_t block_length(const Geometry& geometry, uint64_t block, uint64_t file_by
 
 }  // namespace
 
-uint32_t fork_count() noexcept { return forks.load(std::memory_order_relaxed); }
+uint32_t fork_count() noexcept {
+    return forks.load(std::memory_order_relaxed);
+}
 
 Geometry Geometry::checked(uint64_t slots, uint64_t slot_bytes, uint64_t block_bytes) {
     if (slots < 1 || slots > kSlotsMax) throw std::invalid_argument("slots must be between 1 and 64");

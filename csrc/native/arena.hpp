@@ -34,7 +34,9 @@ constexpr uint32_t kFull = 0x5566AA99;
 constexpr uint32_t kProtected = 0x963C5AF0;
 constexpr uint32_t kCommitted = 0xE8D3B447;
 
-constexpr int distance(uint32_t a, uint32_t b) { return __builtin_popcount(a ^ b); }
+constexpr int distance(uint32_t a, uint32_t b) {
+    return __builtin_popcount(a ^ b);
+}
 constexpr bool tags_are_far_apart() {
     constexpr uint32_t tags[] = {0, kEmpty, kFilling, kFull, kProtected, kCommitted};
     for (int i = 0; i < 6; ++i) {
@@ -56,20 +58,20 @@ static_assert(sizeof(Word32) == 4 && sizeof(Word64) == 8);
 #error "arena files are little endian"
 #endif
 
-struct StaticPart {         // 0: written once by format(), never changed
-    char magic[8];          // 0: "SNAPARNA"
-    uint32_t version;       // 8
-    uint32_t slots;         // 12
-    uint64_t total_bytes;   // 16: of the whole file
-    uint64_t header_bytes;  // 24: offset of slot 0
-    uint64_t slot_bytes;    // 32
-    uint32_t block_bytes;   // 40
-    uint32_t local_index;   // 44
-    byte arena_id[16];      // 48
-    uint32_t job_bytes;     // 64: length of `job`
+struct StaticPart {          // 0: written once by format(), never changed
+    char magic[8];           // 0: "SNAPARNA"
+    uint32_t version;        // 8
+    uint32_t slots;          // 12
+    uint64_t total_bytes;    // 16: of the whole file
+    uint64_t header_bytes;   // 24: offset of slot 0
+    uint64_t slot_bytes;     // 32
+    uint32_t block_bytes;    // 40
+    uint32_t local_index;    // 44
+    byte arena_id[16];       // 48
+    uint32_t job_bytes;      // 64: length of `job`
     char job[kJobBytesMax];  // 68: UTF-8, padded with zeros
-    byte reserved[240];     // 268
-    uint32_t crc;           // 508: CRC32C of the 508 bytes before it
+    byte reserved[240];      // 268
+    uint32_t crc;            // 508: CRC32C of the 508 bytes before it
 };
 static_assert(sizeof(StaticPart) == 512);
 static_assert(offsetof(StaticPart, version) == 8 && offsetof(StaticPart, slots) == 12);
@@ -87,18 +89,18 @@ struct OwnerRecord {            // the words of `Owner`, in the order of pack_ow
 };
 static_assert(sizeof(OwnerRecord) == 128 && offsetof(OwnerRecord, serial) == 112 && offsetof(OwnerRecord, crc) == 120);
 
-struct SlotEntry {         // 128 bytes, on cache lines of its own
-    Word32 state;          // 0: one of the tags above
-    Word32 sealed;         // 4: kSealed while `seal` counts
-    Word64 step;           // 8: 0 = not named yet; written after the identity, with release
-    Word64 generation;     // 16
-    Word64 nonce[2];       // 24
-    Word64 rank_world;     // 40: rank in the low half, world size in the high one
+struct SlotEntry {          // 128 bytes, on cache lines of its own
+    Word32 state;           // 0: one of the tags above
+    Word32 sealed;          // 4: kSealed while `seal` counts
+    Word64 step;            // 8: 0 = not named yet; written after the identity, with release
+    Word64 generation;      // 16
+    Word64 nonce[2];        // 24
+    Word64 rank_world;      // 40: rank in the low half, world size in the high one
     Word64 fingerprint[4];  // 48
-    Word64 file_bytes;     // 80: written by publish()
-    Word64 looks;          // 88: grows before every change, so that a reader knows it has seen two lives
-    Word32 seal;           // 96: CRC32C of arena id, slot index, identity, file_bytes and CRC table
-    byte reserved[28];     // 100
+    Word64 file_bytes;      // 80: written by publish()
+    Word64 looks;           // 88: grows before every change, so that a reader knows it has seen two lives
+    Word32 seal;            // 96: CRC32C of arena id, slot index, identity, file_bytes and CRC table
+    byte reserved[28];      // 100
 };
 static_assert(sizeof(SlotEntry) == 128);
 static_assert(offsetof(SlotEntry, sealed) == 4 && offsetof(SlotEntry, step) == 8);
@@ -108,23 +110,23 @@ static_assert(offsetof(SlotEntry, file_bytes) == 80 && offsetof(SlotEntry, looks
 static_assert(offsetof(SlotEntry, seal) == 96);
 
 struct Header {
-    StaticPart fixed;               // 0
-    OwnerRecord owner[2];           // 512: written in turn, so that a writer killed half way leaves the older one
-    Word64 owner_serial;            // 768: serial | ~serial << 32 of the record that counts; 0 = none was written
-    byte reserved_a[248];           // 776
-    Word64 passed;                  // 1024: the trainer's line
-    byte reserved_b[120];           // 1032
-    Word64 next_step;               // 1152: the daemon's line
-    Word64 naming;                  // 1160
-    Word64 committed_step;          // 1168
-    Word64 aborted_step;            // 1176
-    Word64 ever_committed;          // 1184
-    byte reserved_c[88];            // 1192
-    Word32 changes;                 // 1280: futex, both sides
-    byte reserved_d[2812];          // 1284
-    SlotEntry slot[kSlotsMax];      // 4096
-};                                  // 12288: CRC tables, one u32 a block, each slot's table padded to 64 bytes;
-                                    // then, at header_bytes (a multiple of 4096), the slots
+    StaticPart fixed;           // 0
+    OwnerRecord owner[2];       // 512: written in turn, so that a writer killed half way leaves the older one
+    Word64 owner_serial;        // 768: serial | ~serial << 32 of the record that counts; 0 = none was written
+    byte reserved_a[248];       // 776
+    Word64 passed;              // 1024: the trainer's line
+    byte reserved_b[120];       // 1032
+    Word64 next_step;           // 1152: the daemon's line
+    Word64 naming;              // 1160
+    Word64 committed_step;      // 1168
+    Word64 aborted_step;        // 1176
+    Word64 ever_committed;      // 1184
+    byte reserved_c[88];        // 1192
+    Word32 changes;             // 1280: futex, both sides
+    byte reserved_d[2812];      // 1284
+    SlotEntry slot[kSlotsMax];  // 4096
+};  // 12288: CRC tables, one u32 a block, each slot's table padded to 64 bytes;
+    // then, at header_bytes (a multiple of 4096), the slots
 static_assert(sizeof(Header) == 12288);
 static_assert(offsetof(Header, owner) == 512 && offsetof(Header, owner_serial) == 768);
 static_assert(offsetof(Header, passed) == 1024 && offsetof(Header, next_step) == 1152);

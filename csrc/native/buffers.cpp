@@ -13,8 +13,12 @@ py::object fast_sequence(py::handle object, const std::string& what) {
     return py::reinterpret_steal<py::object>(fast);
 }
 
-Py_ssize_t length(const py::object& fast) { return PySequence_Fast_GET_SIZE(fast.ptr()); }
-py::handle at(const py::object& fast, Py_ssize_t i) { return PySequence_Fast_GET_ITEM(fast.ptr(), i); }
+Py_ssize_t length(const py::object& fast) {
+    return PySequence_Fast_GET_SIZE(fast.ptr());
+}
+py::handle at(const py::object& fast, Py_ssize_t i) {
+    return PySequence_Fast_GET_ITEM(fast.ptr(), i);
+}
 
 int64_t to_signed(py::handle value, const std::string& what) {
     int overflow = 0;

@@ -35,8 +35,9 @@ void stream_lines_sse2(byte* to, const byte* from, size_t bytes) noexcept {
 }
 
 // Whole lines at a line's start.
-void (*const stream_lines)(byte*, const byte*, size_t) noexcept =
-    __builtin_cpu_supports("avx512f") ? stream_lines_avx512 : stream_lines_sse2;
+void (*const stream_lines)(byte*, const byte*, size_t) noexcept = __builtin_cpu_supports("avx512f")
+                                                                      ? stream_lines_avx512
+                                                                      : stream_lines_sse2;
 
 void copy_streaming(byte* to, const byte* from, size_t bytes) noexcept {
     size_t head = std::min(bytes, (kLine - reinterpret_cast<uintptr_t>(to) % kLine) % kLine);
@@ -64,11 +65,16 @@ void move_row_of(byte* memory, int64_t stride, byte* flat, uint64_t units) {
 template <typename Direction>
 void move_row(byte* memory, int64_t stride, byte* flat, uint64_t units, uint64_t unit) {
     switch (unit) {
-        case 1: return move_row_of<Direction, 1>(memory, stride, flat, units);
-        case 2: return move_row_of<Direction, 2>(memory, stride, flat, units);
-        case 4: return move_row_of<Direction, 4>(memory, stride, flat, units);
-        case 8: return move_row_of<Direction, 8>(memory, stride, flat, units);
-        case 16: return move_row_of<Direction, 16>(memory, stride, flat, units);
+        case 1:
+            return move_row_of<Direction, 1>(memory, stride, flat, units);
+        case 2:
+            return move_row_of<Direction, 2>(memory, stride, flat, units);
+        case 4:
+            return move_row_of<Direction, 4>(memory, stride, flat, units);
+        case 8:
+            return move_row_of<Direction, 8>(memory, stride, flat, units);
+        case 16:
+            return move_row_of<Direction, 16>(memory, stride, flat, units);
         default:
             for (uint64_t i = 0; i < units; ++i, memory += stride, flat += unit) Direction::move(memory, flat, unit);
     }

@@ -37,6 +37,8 @@ void arm_crash(const std::string& name, int countdown) {
     throw std::invalid_argument("'" + name + "' is no crash point; crash_points() lists them");
 }
 
-std::vector<std::string> crash_point_names() { return {kNames.begin() + 1, kNames.end()}; }
+std::vector<std::string> crash_point_names() {
+    return {kNames.begin() + 1, kNames.end()};
+}
 
 }  // namespace snapshotd

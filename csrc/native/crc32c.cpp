@@ -20,7 +20,9 @@ namespace {
 // A register of 32 bits is a polynomial in reflected order: bit 31 stands for x^0, bit 0 for x^31.
 constexpr uint32_t kPolynomial = 0x82F63B78;
 
-constexpr uint32_t times_x(uint32_t value) { return (value >> 1) ^ ((value & 1) ? kPolynomial : 0); }
+constexpr uint32_t times_x(uint32_t value) {
+    return (value >> 1) ^ ((value & 1) ? kPolynomial : 0);
+}
 
 using Tables = std::array<std::array<uint32_t, 256>, 8>;
 
@@ -53,7 +55,9 @@ uint32_t extend_table(uint32_t state, const void* data, size_t bytes) {
     return state;
 }
 
-bool always() { return true; }
+bool always() {
+    return true;
+}
 
 #if defined(__x86_64__)
 
@@ -111,21 +115,23 @@ SNAPSHOTD_SSE42 uint32_t extend_sse42(uint32_t state, const void* data, size_t b
     return extend_words(state, p, bytes);
 }
 
-bool supports_sse42() { return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul"); }
+bool supports_sse42() {
+    return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
+}
 
 #define SNAPSHOTD_VPCLMUL __attribute__((target("sse4.2,pclmul,avx512f,avx512vl,vpclmulqdq")))
 
 // Folding moves each 128-bit lane `bits` further along the message, modulo the polynomial. In reflected order the
 // low quadword is the high-degree half, and a carry-less product of 64-bit values comes out multiplied by x.
 #define SNAPSHOTD_FOLD_LOW(bits) static_cast<long long>(uint64_t{x_to_the((bits) + 63)} << 32)
-#define SNAPSHOTD_FOLD_HIGH(bits) static_cast<long long>(uint64_t{x_to_the((bits)-1)} << 32)
+#define SNAPSHOTD_FOLD_HIGH(bits) static_cast<long long>(uint64_t{x_to_the((bits) - 1)} << 32)
 
 template <unsigned bits>
 SNAPSHOTD_VPCLMUL inline __m512i fold(__m512i value, __m512i onto) {
     constexpr long long low = SNAPSHOTD_FOLD_LOW(bits), high = SNAPSHOTD_FOLD_HIGH(bits);
     const __m512i k = _mm512_set_epi64(high, low, high, low, high, low, high, low);
-    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(value, k, 0x00),
-                                     _mm512_clmulepi64_epi128(value, k, 0x11), onto, 0x96);
+    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(value, k, 0x00), _mm512_clmulepi64_epi128(value, k, 0x11),
+                                     onto, 0x96);
 }
 
 template <unsigned bits>
@@ -147,7 +153,8 @@ inline void prefetch_lines(const unsigned char* p) {
 SNAPSHOTD_VPCLMUL uint32_t extend_vpclmul(uint32_t state, const void* data, size_t bytes) {
     auto* p = static_cast<const unsigned char*>(data);
     if (bytes < 512) return extend_sse42(state, data, bytes);
-    __m512i a = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
+    __m512i a =
+        _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
     __m512i b = _mm512_loadu_si512(p + 64), c = _mm512_loadu_si512(p + 128), d = _mm512_loadu_si512(p + 192);
     for (p += 256, bytes -= 256; bytes >= 256; p += 256, bytes -= 256) {
         if (bytes >= 256 + kAhead) prefetch_lines(p + kAhead);
@@ -185,7 +192,9 @@ __attribute__((target("+crc"))) uint32_t extend_arm(uint32_t state, const void* 
     return state;
 }
 
-bool supports_arm() { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
+bool supports_arm() {
+    return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0;
+}
 
 #endif
 

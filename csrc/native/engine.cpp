@@ -1,6 +1,8 @@
 #include "engine.hpp"
 
 #include <errno.h>
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -31,6 +33,17 @@ uint32_t copy_and_extend(byte* to, const byte* from, size_t bytes, Stores stores
     return crc_extend(crc, from, bytes);
 }
 
+// A woken thread of SCHED_OTHER takes the core from whoever woke it, for a whole slice: the training thread would stand
+// still inside `begin`. One of SCHED_BATCH waits for a core of its own, or for the tick. Only a wish: errors do not
+// matter.
+void yield_to_trainer(pthread_t thread) {
+    int policy = 0;
+    sched_param priority{};
+    if (pthread_getschedparam(thread, &policy, &priority) == 0 && policy == SCHED_OTHER) {
+        pthread_setschedparam(thread, SCHED_BATCH, &priority);
+    }
+}
+
 }  // namespace
 
 Engine::Engine(Arena& arena, int threads)
@@ -44,7 +57,9 @@ Engine::Engine(Arena& arena, int threads)
     map_->engines.fetch_add(1);
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() {
+    close();
+}
 
 // The threads block every signal, so that Ctrl-C and the trainer's own handlers stay with the trainer's threads.
 void Engine::start_threads(int threads) {
@@ -64,6 +79,7 @@ void Engine::start_threads(int threads) {
             this);
         if (error != 0) break;
         pthread_setname_np(thread, "snapshotd-copy");
+        yield_to_trainer(thread);
         threads_.push_back(thread);
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
@@ -263,7 +279,8 @@ Stores Engine::calibrate() {
         for (int round = 0; round < 3; ++round) {
             for (Stores stores : {Stores::temporal, Stores::non_temporal}) {
                 double& least = best[static_cast<int>(stores)];
-                least = std::min(least, time_stores(stores, arena_.slot_bytes_at(*map, 1), arena_.slot_bytes_at(*map, 0), bytes));
+                least = std::min(
+                    least, time_stores(stores, arena_.slot_bytes_at(*map, 1), arena_.slot_bytes_at(*map, 0), bytes));
             }
         }
         stores_.store(best[0] < best[1] ? Stores::temporal : Stores::non_temporal);

@@ -25,7 +25,8 @@ class Engine {
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
 
-    // Measures both kinds of stores, with as many threads, between two EMPTY slots; keeps what it has if there are none.
+    // Measures both kinds of stores, with as many threads, between two EMPTY slots; keeps what it has if there are
+    // none.
     Stores calibrate();
 
     // Copies the plan's `now` items and sets the threads on the rest. std::logic_error while a copy is running or
@@ -63,8 +64,8 @@ class Engine {
     std::atomic<Stores> stores_;
     std::atomic<double> seconds_{0};
 
-    mutable Word32 phase_{idle};     // futex of those who wait for the end of a copy
-    Word32 starts_{0};               // futex of the threads: grows with every copy, and once more to end
+    mutable Word32 phase_{idle};  // futex of those who wait for the end of a copy
+    Word32 starts_{0};            // futex of the threads: grows with every copy, and once more to end
     std::atomic<bool> ending_{false};
     std::atomic<bool> stop_{false};
 

@@ -110,20 +110,19 @@ class SlotExporter {
 py::object slot_view(const Arena& arena, uint32_t index) {
     std::shared_ptr<Mapping> map = arena.mapped();
     byte* data = arena.slot_bytes_at(*map, index);
-    py::object exporter =
-        py::cast(std::make_unique<SlotExporter>(std::move(map), data, arena.geometry().slot_bytes));
+    py::object exporter = py::cast(std::make_unique<SlotExporter>(std::move(map), data, arena.geometry().slot_bytes));
     PyObject* view = PyMemoryView_FromObject(exporter.ptr());
     if (view == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(view);
 }
 
 // A property over one of the header's words.
-template <Word64 Header::*word>
+template <Word64 Header::* word>
 uint64_t read_word(const Arena& arena) {
     return (Arena::header_of(*arena.mapped()).*word).load(std::memory_order_acquire);
 }
 
-template <Word64 Header::*word>
+template <Word64 Header::* word>
 void write_word(const Arena& arena, py::handle value) {
     uint64_t number = to_unsigned(value, "the value");
     (Arena::header_of(*arena.mapped_for_writing()).*word).store(number, std::memory_order_release);
@@ -171,8 +170,8 @@ std::string describe(const SlotInfo& info) {
 
 std::string describe(const Owner& owner) {
     return "Owner(generation=" + std::to_string(owner.generation) + ", rank=" + std::to_string(owner.rank) + "/" +
-           std::to_string(owner.world_size) + ", pid=" + std::to_string(owner.pid) +
-           (owner.fenced ? ", fenced" : "") + (owner.closed ? ", closed" : "") + ")";
+           std::to_string(owner.world_size) + ", pid=" + std::to_string(owner.pid) + (owner.fenced ? ", fenced" : "") +
+           (owner.closed ? ", closed" : "") + ")";
 }
 
 void bind_arena(py::module_& m) {
@@ -223,8 +222,9 @@ void bind_arena(py::module_& m) {
             "format",
             [](int fd, const py::bytes& arena_id, const std::string& job, py::handle local_index, py::handle slots,
                py::handle slot_bytes, py::handle block_bytes) {
-                Geometry geometry = Geometry::checked(to_unsigned(slots, "slots"), to_unsigned(slot_bytes, "slot_bytes"),
-                                                      to_unsigned(block_bytes, "block_bytes"));
+                Geometry geometry =
+                    Geometry::checked(to_unsigned(slots, "slots"), to_unsigned(slot_bytes, "slot_bytes"),
+                                      to_unsigned(block_bytes, "block_bytes"));
                 Arena::format(fd, arena_id, job, to_u32(local_index, "local_index"), geometry);
             },
             "fd"_a, py::kw_only(), "arena_id"_a, "job"_a, "local_index"_a, "slots"_a, "slot_bytes"_a, "block_bytes"_a)
@@ -238,8 +238,7 @@ void bind_arena(py::module_& m) {
         .def("owner", &Arena::owner)
         .def("set_owner", set_owner, py::kw_only(), "generation"_a, "nonce"_a, "rank"_a, "world_size"_a,
              "local_world"_a, "every"_a, "pid"_a, "fenced"_a = false, "closed"_a = false, "released_at_s"_a = 0,
-             "restored_generation"_a = 0, "restored_nonce"_a = py::bytes(std::string(16, '\0')),
-             "restored_step"_a = 0)
+             "restored_generation"_a = 0, "restored_nonce"_a = py::bytes(std::string(16, '\0')), "restored_step"_a = 0)
         .def_property("passed", read_word<&Header::passed>, write_word<&Header::passed>)
         .def_property("next_step", read_word<&Header::next_step>, write_word<&Header::next_step>)
         .def_property("naming", read_word<&Header::naming>, write_word<&Header::naming>)
@@ -266,8 +265,7 @@ void bind_arena(py::module_& m) {
         .def("empty", &Arena::empty, "index"_a)
         .def("slot_view", slot_view, "index"_a)
         .def(
-            "slot_offset",
-            [](const Arena& a, uint32_t index) { return a.slot_offset(index); }, "index"_a)
+            "slot_offset", [](const Arena& a, uint32_t index) { return a.slot_offset(index); }, "index"_a)
         .def(
             "set_block_crcs",
             [](const Arena& a, uint32_t index, uint64_t file_bytes) {
@@ -370,7 +368,8 @@ const CrcTier& tier_named(const std::string& name) {
     for (const CrcTier& tier : crc_tiers()) {
         if (name == tier.name) return tier;
     }
-    throw std::invalid_argument("this machine cannot run the checksum tier '" + name + "'; crc32c_tiers() lists its own");
+    throw std::invalid_argument("this machine cannot run the checksum tier '" + name +
+                                "'; crc32c_tiers() lists its own");
 }
 
 uint32_t checksum(const CrcTier& tier, py::handle data, py::handle value) {
@@ -462,8 +461,8 @@ void translate_os_errors() {
         try {
             if (pending) std::rethrow_exception(pending);
         } catch (const OsError& error) {
-            py::object made = py::reinterpret_steal<py::object>(
-                PyObject_CallFunction(PyExc_OSError, "is", error.code, error.what()));
+            py::object made =
+                py::reinterpret_steal<py::object>(PyObject_CallFunction(PyExc_OSError, "is", error.code, error.what()));
             if (made) PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(made.ptr())), made.ptr());
         } catch (const InUseError& error) {
             PyErr_SetString(PyExc_BufferError, error.what());

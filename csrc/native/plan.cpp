@@ -56,7 +56,8 @@ Item ItemTable::normalised(const ItemSpec& spec, const std::string& name, uint64
     bool has_elements = std::find(spec.shape.begin(), spec.shape.end(), 0u) == spec.shape.end();
     if (!has_elements) item.bytes = 0;
     for (uint64_t count : spec.shape) {
-        if (has_elements && __builtin_mul_overflow(item.bytes, count, &item.bytes)) refuse(name, "is larger than memory");
+        if (has_elements && __builtin_mul_overflow(item.bytes, count, &item.bytes))
+            refuse(name, "is larger than memory");
     }
     if (item.offset > file_bytes || item.bytes > file_bytes - item.offset) {
         refuse(name, "ends behind the file's " + std::to_string(file_bytes) + " bytes");

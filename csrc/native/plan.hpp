@@ -37,7 +37,7 @@ struct Item {
     uint64_t unit_bytes;
     uint32_t first_dimension;
     uint32_t dimensions;
-    int64_t reach_low;   // memory that is touched: [pointer + reach_low, pointer + reach_high)
+    int64_t reach_low;  // memory that is touched: [pointer + reach_low, pointer + reach_high)
     int64_t reach_high;
 
     uint64_t end() const { return offset + bytes; }
@@ -74,10 +74,10 @@ class ItemTable {
     std::string name_of(size_t given) const { return std::string(what_) + " item " + std::to_string(given); }
 
     const char* what_;
-    std::vector<Item> items_;         // without the empty ones
+    std::vector<Item> items_;  // without the empty ones
     std::vector<Dimension> dimensions_;
-    std::vector<size_t> sorted_;      // by given index: place in items_, or kNowhere for an empty item
-    std::vector<size_t> given_;       // and back
+    std::vector<size_t> sorted_;  // by given index: place in items_, or kNowhere for an empty item
+    std::vector<size_t> given_;   // and back
     uint64_t bytes_ = 0;
 };
 

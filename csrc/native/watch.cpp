@@ -86,7 +86,8 @@ bool Watch::add_link(PyObject* container, PyObject* key, PyObject* expected) {
     } else {
         link.kind = Kind::attribute;
         if (!PyUnicode_Check(key)) {
-            PyErr_SetString(PyExc_TypeError, "the key of a container that is no dict or list must be an attribute's name");
+            PyErr_SetString(PyExc_TypeError,
+                            "the key of a container that is no dict or list must be an attribute's name");
             return false;
         }
     }
@@ -97,9 +98,13 @@ bool Watch::add_link(PyObject* container, PyObject* key, PyObject* expected) {
     return true;
 }
 
-void Watch::add_size(PyObject* container, Py_ssize_t length) { sizes_.push_back({kept(container), length}); }
+void Watch::add_size(PyObject* container, Py_ssize_t length) {
+    sizes_.push_back({kept(container), length});
+}
 
-void Watch::add_tensor(PyObject* tensor, uint64_t pointer) { tensors_.push_back({kept(tensor), pointer, kNotNoted}); }
+void Watch::add_tensor(PyObject* tensor, uint64_t pointer) {
+    tensors_.push_back({kept(tensor), pointer, kNotNoted});
+}
 
 bool Watch::holds(const Link& link) {
     switch (link.kind) {
@@ -120,7 +125,8 @@ bool Watch::holds(const Link& link) {
 
 bool Watch::structure_changed() const {
     for (const Size& size : sizes_) {
-        Py_ssize_t length = PyDict_Check(size.container) ? PyDict_GET_SIZE(size.container) : PyObject_Size(size.container);
+        Py_ssize_t length =
+            PyDict_Check(size.container) ? PyDict_GET_SIZE(size.container) : PyObject_Size(size.container);
         if (length < 0) PyErr_Clear();
         if (length != size.length) return true;
     }

@@ -34,7 +34,7 @@ class Watch {
     enum class Kind : uint8_t { dict, list, attribute };
     struct Link {
         PyObject *container, *key, *expected;
-        Py_hash_t hash;      // of a dict's key: a tensor's costs a call into Python
+        Py_hash_t hash;       // of a dict's key: a tensor's costs a call into Python
         Py_ssize_t position;  // in a list
         Kind kind;
     };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import signal
 import struct
 import threading
@@ -29,7 +30,13 @@ from tests.unit.native_support import (
 
 HEADER = 12288
 MIB = 1 << 20
-SIZE_FIELDS = {"slots": 12, "total_bytes": 16, "header_bytes": 24, "slot_bytes": 32, "block_bytes": 40, "job_bytes": 64}
+SIZE_FIELDS = {
+    "slots": (12, "I"),
+    "total_bytes": (16, "Q"),
+    "header_bytes": (24, "Q"),
+    "slot_bytes": (32, "Q"),
+    "block_bytes": (40, "I"),
+}
 
 
 @pytest.fixture
@@ -159,11 +166,14 @@ def test_a_file_that_grew_is_refused(fd: int) -> None:
 @pytest.mark.parametrize("field", SIZE_FIELDS)
 @pytest.mark.parametrize("value", [0, 1, 2**31, 2**32 - 1, 2**44, 2**63, 2**64 - 1])
 def test_impossible_sizes_are_refused_though_their_checksum_is_right(fd: int, field: str, value: int) -> None:
-    wide = field in ("total_bytes", "header_bytes", "slot_bytes")
-    patch(fd, SIZE_FIELDS[field], struct.pack("<Q" if wide else "<I", value % 2 ** (64 if wide else 32)), reseal=True)
-    if field == "job_bytes" and value < 200 or value in (2**44, 2**63) and field in ("job_bytes",):
-        _native.Arena(fd, writable=False).close()  # a shorter name is a name
-        return
+    offset, form = SIZE_FIELDS[field]
+    patch(fd, offset, struct.pack("<Q", value)[: struct.calcsize(form)], reseal=True)
+    with pytest.raises(_native.ArenaFormatError):
+        _native.Arena(fd, writable=False)
+
+
+def test_a_job_name_longer_than_its_room_is_refused_though_its_checksum_is_right(fd: int) -> None:
+    patch(fd, 64, struct.pack("<I", 201), reseal=True)
     with pytest.raises(_native.ArenaFormatError):
         _native.Arena(fd, writable=False)
 
@@ -195,7 +205,7 @@ def test_what_is_no_regular_file_is_refused() -> None:
 
 def test_random_bytes_behind_the_static_part_are_reported_and_never_a_crash(fd: int) -> None:
     for seed in range(50):
-        os.pwrite(fd, _random(HEADER - 512, seed), 512)
+        os.pwrite(fd, random.Random(seed).randbytes(HEADER - 512), 512)
         with open_arena(fd) as arena:
             for index in range(2):
                 info = arena.slot(index)
@@ -206,12 +216,6 @@ def test_random_bytes_behind_the_static_part_are_reported_and_never_a_crash(fd: 
                     arena.block_crcs(index)
             with pytest.raises(_native.ArenaFormatError, match="owner record is damaged"):
                 arena.owner()
-
-
-def _random(size: int, seed: int) -> bytes:
-    import random
-
-    return random.Random(seed).randbytes(size)
 
 
 # --- the owner record
