@@ -68,7 +68,7 @@ class Transcript:
             print(json.dumps(report.as_json(), indent=2))
             return
         same = report.losses_compared - report.losses_different
-        twice = f"; {report.steps_computed_twice} were computed twice" if report.steps_computed_twice else ""
+        twice = f", {report.steps_computed_twice} of them computed twice" if report.steps_computed_twice else ""
         self._console.print()
         self._line("losses", f"{same} of {report.losses_compared} equal the undisturbed run's bit for bit{twice}")
         self._line("final state", f"{report.state_bytes / 1e6:.1f} MB on {report.ranks} rank{'s' * (report.ranks > 1)}")
