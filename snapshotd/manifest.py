@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from snapshotd.errors import ProtocolError
@@ -80,7 +81,7 @@ class Manifest:
         """First byte and length of a tensor in the file."""
         return self.places[name], self.entries[name].size_bytes
 
-    @property
+    @cached_property  # asked for at every cut, and the header of 10,000 tensors is a few megabytes
     def fingerprint(self) -> bytes:
         """32 bytes that are equal for two files of the same layout."""
         return hashlib.sha256(self.header).digest()
