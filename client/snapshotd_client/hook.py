@@ -17,11 +17,11 @@ Without 3 the guard works from the hooks alone, best effort (docs/guide.md lists
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
-import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -39,12 +39,14 @@ from snapshotd.errors import (
     Refused,
     SnapshotLost,
 )
-from snapshotd_client import hoststate, layout
+from snapshotd_client import hooks, hoststate
 from snapshotd_client import restore as restoring
 from snapshotd_client.agree import Peers
 from snapshotd_client.copier import Copier, Session, Settled, claim
+from snapshotd_client.hooks import Weak
 from snapshotd_client.layout import Layout
 from snapshotd_client.link import Link, attach_request, changed
+from snapshotd_client.planner import Planner
 from snapshotd_client.state import TrainingState
 
 log = logging.getLogger("snapshotd")
@@ -68,6 +70,7 @@ class Guard:
     ) -> None:
         self._state, self._peers, self._config, self._clock, self._threads = state, peers, config, clock, threads
         self._inventories, self._door, self._session = inventories, door, session
+        self._planner = Planner(state)
         self._link: Link | None = None
         self._base = self._step = 0
         self._stepped = self._iterated = False
@@ -81,8 +84,9 @@ class Guard:
         self._last_published: int | None = None
         self._skips: dict[str, int] = {}
         self._timings = {"step_s": 0.0, "host_s": 0.0, "settle_s": 0.0, "copy_s": 0.0}
-        self._hooks = _install_hooks(self, state)
-        os.register_at_fork(after_in_child=_Weak(self, "_forked"))
+        self._hooks = hooks.install(self, state)
+        os.register_at_fork(after_in_child=Weak(self, "_forked"))
+        atexit.register(Weak(self, "_at_exit"))
 
     # --- before training --------------------------------------------------------------------------
 
@@ -184,9 +188,9 @@ class Guard:
             self._session,
             self._clock,
             self._threads,
-            plan=_Weak(self, "_plan"),
-            on_done=_Weak(self, "_copy_done"),
-            passed=_Weak(self, "_passed"),
+            plan=Weak(self, "_plan"),
+            on_done=Weak(self, "_copy_done"),
+            passed=Weak(self, "_passed"),
         )
 
     # --- the loop ---------------------------------------------------------------------------------
@@ -239,10 +243,10 @@ class Guard:
         captured = self._state.host(self._step, self._early)
         raw = hoststate.pack(captured.document)
         self._timings["host_s"] = self._clock.monotonic_s() - began_s
-        fitting = self._still_fits(planned, captured, raw)
+        fitting = self._planner.still_fits(planned, captured, raw)
         if fitting is None:
             self._note_skip("the layout changed")
-            link.request_layout(self._new_layout(captured, raw))
+            link.request_layout(self._planner.plan_for(captured, raw))
             return False
         if fitting is not planned:
             link.layout = fitting
@@ -253,39 +257,8 @@ class Guard:
         self._served_naming, self._taken = naming, self._taken + 1
         return True
 
-    def _still_fits(self, planned: Layout, captured: Any, raw: bytes) -> Layout | None:
-        """The layout to copy with: the planned one, the same with new pointers, or None where it is another."""
-        if len(raw) > planned.host_place[1]:
-            return None
-        current = planned
-        if planned.watch.structure_changed() or planned.watch.pointers_changed():
-            leaves = self._state.leaves()
-            groups = self._state.groups()
-            if layout.signature_of(leaves, groups) != planned.signature:
-                return None
-            current = self._build(leaves, groups, captured, raw, planned)
-        return current if current.point_outside(captured.outside) else None
-
     def _plan(self) -> Layout:
-        """A layout of the state as it is now."""
-        leaves = self._state.leaves()
-        captured = self._state.host(self._step)
-        return self._build(leaves, self._state.groups(), captured, hoststate.pack(captured.document), None)
-
-    def _new_layout(self, captured: Any, raw: bytes) -> Layout:
-        return self._build(self._state.leaves(), self._state.groups(), captured, raw, None)
-
-    def _build(self, leaves: Any, groups: Any, captured: Any, raw: bytes, same: Layout | None) -> Layout:
-        return layout.build(
-            leaves,
-            world=self._state.world,
-            groups=groups,
-            aliases=self._state.names.aliases,
-            sizes=self._state.sizes(),
-            outside=captured.outside,
-            host_bytes=len(raw),
-            manifest=same.manifest if same is not None else None,
-        )
+        return self._planner.plan(self._step)
 
     # --- hooks ------------------------------------------------------------------------------------
 
@@ -473,6 +446,11 @@ class Guard:
         self._closed = True
         self._hooks.remove()
 
+    def _at_exit(self) -> None:
+        """The script ends without close(): wait for the last snapshot, which stays in memory for a restart."""
+        if not self._closed:
+            self._last_flush(failed=True)
+
     def _last_cut(self, failed: bool) -> None:
         if not failed and not self._off and self._mode == "hooks" and self._iterated:
             self._advance()
@@ -515,54 +493,3 @@ class Guard:
 
 def _with_restored(session: Session, snapshot: wire.SnapshotId) -> Session:
     return replace(session, restored=snapshot)
-
-
-class _Weak:
-    """Calls a guard's method as long as the guard lives: neither hooks, threads nor copies of a model may keep it."""
-
-    def __init__(self, guard: Guard, method: str) -> None:
-        self._guard, self._method = weakref.ref(guard), method
-
-    def __call__(self, *_: Any) -> Any:
-        guard = self._guard()
-        return getattr(guard, self._method)() if guard is not None else None
-
-    def __deepcopy__(self, _: Any) -> Callable[..., None]:
-        return _nothing
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _forget, ()
-
-
-def _nothing(*_: Any) -> None:
-    """What a copied model's hook does."""
-
-
-def _forget() -> Callable[..., None]:
-    return _nothing
-
-
-class _Hooks:
-    """Handles of what was registered on the user's objects."""
-
-    def __init__(self, optimizer_handles: list[Any], forward_handle: Any) -> None:
-        self._handles, self._forward = optimizer_handles, forward_handle
-
-    def drop_forward(self) -> None:
-        """The loop calls guard.step(): forward needs no hook."""
-        self._forward.remove()
-
-    def remove(self) -> None:
-        """Leave the user's objects as they were."""
-        for handle in [*self._handles, self._forward]:
-            handle.remove()
-
-
-def _install_hooks(guard: Guard, state: TrainingState) -> _Hooks:
-    handles = []
-    for optimizer in state.optimizers:
-        handles.append(optimizer.register_step_pre_hook(_Weak(guard, "_before_optimizer")))
-        last = optimizer is state.optimizers[-1]
-        after = _Weak(guard, "_after_last_optimizer" if last else "_after_optimizer")
-        handles.append(optimizer.register_step_post_hook(after))
-    return _Hooks(handles, state.model.register_forward_pre_hook(_Weak(guard, "_before_forward")))

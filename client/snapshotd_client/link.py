@@ -253,7 +253,10 @@ class Link:
             fds.append(door.fileno())
         waiting = door is None or (self._wanted is not None)
         pause_s = PAUSES_S[min(self._attempt, len(PAUSES_S) - 1)] if waiting else None
-        readable, _, _ = select.select(fds, [], [], pause_s)
+        poll = select.poll()  # select() fails for descriptors above 1023, which a trainer with many workers has
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
+        readable = {fd for fd, _ in poll.poll(None if pause_s is None else pause_s * 1000)}
         if self._stop.is_set():
             return
         for fd in (self.done_fd, self._poke_fd):

@@ -166,8 +166,14 @@ class ModelNames:
         self.homes[name] = home  # type: ignore[assignment]
 
     def of(self, parameter: torch.Tensor) -> str:
-        """The name of a parameter that an optimizer trains."""
-        return self._by_id[id(parameter)]
+        """The name of a parameter that an optimizer trains. ConfigError for one that came after `protect`."""
+        try:
+            return self._by_id[id(parameter)]
+        except KeyError:
+            raise ConfigError(
+                "an optimizer trains a parameter that it did not have when protect() was called; call protect() "
+                "after all parameter groups are added"
+            ) from None
 
 
 def parameter_leaves(names: ModelNames, world: World) -> Iterator[Leaf]:
