@@ -289,7 +289,7 @@ class Ledger:
             return None
         step = self._step_of(slot)
         if step is not None and step in self._aborted and slot.progress is not Progress.COMMITTED:
-            return None if self._came_from(rank, slot) else f"step {step} was aborted"
+            return None if self._is_last_resort(rank, slot) else f"step {step} was aborted"
         if self.committed is None:
             return None
         if slot.progress is Progress.DAMAGED:
@@ -298,14 +298,16 @@ class Ledger:
             return f"step {self.committed} is committed and newer"
         return None
 
-    def _came_from(self, rank: int, slot: SlotView) -> bool:
-        """The slot is all that its rank has of what the generation was restored from, and was whole when it was.
+    def _is_last_resort(self, rank: int, slot: SlotView) -> bool:
+        """The slot holds what the generation was restored from, and the rank has nothing older to fall back to.
 
-        An abort of it only says that some rank holds it in another arena than its present one. It stays until
-        something newer is committed, unless the rank has a second slot filled and needs room for that.
+        It was whole when it was restored; its abort only says that some rank has an arena without it now. So it stays
+        until something newer is committed, but where it is one of two old snapshots a slot is needed for new ones.
         """
-        only = len(self._views[rank].slots) == 1
-        return only and slot.snapshot == self.restored and slot.progress is not Progress.DAMAGED
+        if slot.snapshot != self.restored or slot.progress is Progress.DAMAGED:
+            return False
+        others = (one for one in self._views[rank].slots if one != slot)
+        return all(one.snapshot is None or one.snapshot.generation == self.generation for one in others)
 
 
 # --- the generation's decisions -------------------------------------------------------------------

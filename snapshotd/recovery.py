@@ -116,7 +116,8 @@ def _chosen(snapshot: SnapshotId, sources: dict[int, Source], reasons: list[str]
     world_size = len(sources)
     states = {source.shard.progress for source in sources.values()}
     how = "committed" if "COMMITTED" in states else "whole, though its commit was not finished"
-    why = f"{snapshot} is the newest that is whole: all {world_size} shards are here and it is {how}"
+    shards = f"all {world_size} shards are" if world_size > 1 else "its one shard is"
+    why = f"{snapshot} is the newest that is whole: {shards} here and it is {how}"
     if reasons:
         why += f"; passed over: {'; '.join(reasons)}"
     return Choice(snapshot, why, world_size, sources)

@@ -186,9 +186,9 @@ class World:
         dead = [not trainer.alive for trainer in self.trainers]
         if any(dead) and not self.fenced and self.number < self.limits.generations + 1:
             yield ("fence",)
-        if self.fenced and all(trainer.noticed for trainer in self.trainers) and self.choice is not None:
-            if self.number < self.limits.generations:
-                yield ("inherit",)
+        everyone_seen_dead = all(trainer.noticed for trainer in self.trainers)
+        if self.choice is not None and everyone_seen_dead and self.number < self.limits.generations:
+            yield ("inherit",)
 
     # --- events -----------------------------------------------------------------------------------
 
@@ -310,7 +310,7 @@ class World:
         if slot.made is not None and slot.made == max(self._whole(), default=None):
             raise Broken(f"{slot.made} of rank {rank} was emptied although it is the newest that is whole")
         stray = slot.made is None or (slot.made[0] != self.number and slot.made != self.restored)
-        newer = [made for made in self._whole(COMMITTED) if stray or made > slot.made]
+        newer = [made for made in self._whole(COMMITTED) if stray or slot.made is None or made > slot.made]
         if slot.state == COMMITTED and not newer:
             raise Broken(f"{slot.made} of rank {rank} was committed and emptied before a newer one was, on all ranks")
         if not newer and slot.made is not None and slot.made[1] not in self.aborted:
