@@ -99,12 +99,20 @@ class Keeper:
         for view in views(file):
             if view.progress not in (Progress.FULL, Progress.PROTECTED) or view.snapshot is None:
                 continue
-            broken = file.native.verify(view.index, VERIFY_THREADS)
+            broken = self._broken_blocks(file, view.index)
             if broken:
                 why = f"{len(broken)} blocks fail their checksum, the first is block {broken[0]}"
                 file.quarantined[view.index] = (view.snapshot, why)
                 self.metrics.add("quarantined")
                 log.warning("job %r: %s of rank %d is set aside: %s", file.job, view.snapshot, file.owner.rank, why)
+
+    def _broken_blocks(self, file: ArenaFile, slot: int) -> list[int]:
+        """Through a mapping of its own: the pages that were read would else count as this daemon's memory for good."""
+        mapping = _native.Arena(file.fd, writable=False)
+        try:
+            return mapping.verify(slot, VERIFY_THREADS)
+        finally:
+            mapping.close()
 
     # --- generations ------------------------------------------------------------------------------
 
