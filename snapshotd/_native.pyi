@@ -56,9 +56,10 @@ def crash_points() -> list[str]: ...
 # --- memory --------------------------------------------------------------------------------------
 
 def reserve(fd: int, total_bytes: int, numa_node: int = -1) -> None:
-    """Give the file `total_bytes` of real pages, on `numa_node` where >= 0, huge ones where tmpfs allows.
+    """Give the file `total_bytes` of real pages, on `numa_node` where >= 0, huge ones where the kernel makes them.
 
-    OSError(ENOSPC) when the file system is full; the file is then truncated to 0 again."""
+    OSError(ENOSPC) when the file system or the machine has less free, known before a page is made where it can be;
+    the file is empty then. Control groups are not asked: the caller checks their limits first."""
 
 def process_rss_anon_bytes() -> int:
     """Anonymous resident memory of this process in bytes (RssAnon)."""
@@ -100,7 +101,10 @@ class Owner:
 
 @final
 class Arena:
-    """A mapped arena file. Raises ArenaFormatError when the file is not one, OSError when it cannot be mapped."""
+    """A mapped arena file. Raises ArenaFormatError when the file is not one, OSError when it cannot be mapped.
+
+    Later: ValueError from a closed arena, from a change through a read-only one, and in a forked child that the mapping
+    was kept out of; IndexError for a slot that does not exist."""
 
     @staticmethod
     def bytes_needed(slots: int, slot_bytes: int, block_bytes: int) -> int:
@@ -194,9 +198,10 @@ class Arena:
         """Compute and store the CRC32C of every block of a slot that was filled by other means."""
     def block_crcs(self, index: int) -> list[int]: ...
     def verify(self, index: int, threads: int = 1) -> list[int]:
-        """Indices of the blocks whose bytes differ from their CRC32C, of the `file_bytes` published. Holds no GIL."""
+        """Indices of the blocks whose bytes differ from their CRC32C, of the `file_bytes` published. Holds no GIL.
+        ArenaFormatError where that length itself is damaged (the slot is not `sound` then)."""
     def close(self) -> None:
-        """Unmap, once no view is left. Later calls raise ValueError."""
+        """Unmap. BufferError while views or open engines are left; the arena stays usable then. Idempotent."""
 
 # --- the copy engine -----------------------------------------------------------------------------
 
@@ -220,7 +225,8 @@ class Plan:
     @property
     def file_bytes(self) -> int: ...
     def repoint(self, now: Sequence[int], later: Sequence[int]) -> None:
-        """New source pointers for the same items, in the same order. ValueError for another count."""
+        """New source pointers for the same items, in the same order. ValueError for another count or a pointer that
+        does not fit (nothing changes then); RuntimeError while a copy by this plan is running."""
 
 @final
 class Engine:
@@ -235,7 +241,9 @@ class Engine:
         """Measure temporal against non-temporal stores, in the arena's own slots if both are EMPTY; name the winner."""
     def begin(self, plan: Plan, index: int, notify_fd: int = -1) -> None:
         """Copy the `now` items, start the threads on the rest, return. When the copy is over the engine writes 8
-        bytes (an eventfd's increment) to `notify_fd` where >= 0. RuntimeError while a copy is running."""
+        bytes (an eventfd's increment) to `notify_fd` where >= 0; after `wait` it is not touched any more.
+        RuntimeError while a copy is running or once closed; ValueError for a slot that is not FILLING, a plan larger
+        than it, or a tensor that lies in the arena."""
     def running(self) -> bool: ...
     def wait(self, timeout_s: float) -> bool:
         """True once the copy is over (or none is running); False after `timeout_s`. Holds no GIL."""

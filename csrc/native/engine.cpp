@@ -108,8 +108,7 @@ void Engine::close() {
         uint32_t expected = idle;
         if (phase_.compare_exchange_strong(expected, closed)) break;
         if (expected == closed) return;
-        ask_to_stop();
-        wait(deadline_after(kForever_s));
+        cancel();
     }
     end_threads();
     map_->engines.fetch_sub(1);
@@ -127,6 +126,11 @@ Woken Engine::wait(Clock::time_point deadline) const {
         Woken woken = futex_wait(phase_, phase, deadline, Sharing::within_process);
         if (woken != Woken::changed) return woken;
     }
+}
+
+void Engine::cancel() noexcept {
+    if (running()) stop_.store(true, std::memory_order_relaxed);
+    while (wait(deadline_after(kForever_s)) != Woken::changed) continue;
 }
 
 // --- one copy, seen from the caller

@@ -36,7 +36,8 @@ class Engine {
     bool running() const noexcept;
     // Sleeps until the copy is over (`changed`), the deadline passed or a signal came.
     Woken wait(Clock::time_point deadline) const;
-    void ask_to_stop() noexcept { stop_.store(true, std::memory_order_relaxed); }
+    // Stops the copy at its next piece. No signal ends this earlier: whoever returns from here may free the tensors.
+    void cancel() noexcept;
     double seconds() const noexcept { return seconds_.load(); }
 
     // Stops the copy, ends the threads, lets go of the mapping.

@@ -260,7 +260,7 @@ void bind_arena(py::module_& m) {
         .def("slot", &Arena::slot, "index"_a)
         .def("claim", claim, py::kw_only(), "generation"_a, "nonce"_a, "step"_a, "rank"_a, "world_size"_a,
              "fingerprint"_a)
-        .def("publish", &Arena::publish, "index"_a, "file_bytes"_a, py::call_guard<NoGil>())
+        .def("publish", &Arena::publish, "index"_a, "file_bytes"_a)
         .def("advance", &Arena::advance, "index"_a, "state"_a, "to"_a)
         .def("empty", &Arena::empty, "index"_a)
         .def("slot_view", slot_view, "index"_a)
@@ -342,11 +342,7 @@ void bind_engine(py::module_& m) {
             "plan"_a, "index"_a, "notify_fd"_a = -1)
         .def("running", &Engine::running)
         .def("wait", wait_copy, "timeout_s"_a)
-        .def("cancel",
-             [](Engine& engine) {
-                 if (engine.running()) engine.ask_to_stop();
-                 wait_copy(engine, 1e8);
-             })
+        .def("cancel", &Engine::cancel, py::call_guard<NoGil>())
         .def("seconds", &Engine::seconds)
         .def("close", &Engine::close, py::call_guard<NoGil>());
 

@@ -332,6 +332,15 @@ def test_another_process_wakes_who_waits(fd: int, arena: _native.Arena) -> None:
     child.join()
 
 
+def test_a_reader_without_the_right_to_write_can_wait_too(fd: int) -> None:
+    with open_arena(fd, writable=False) as reader:
+        seen = reader.changes()
+        child = threading.Thread(target=run_child, args=("opened().wake()", fd))
+        child.start()
+        assert reader.wait_change(seen, 100) == seen + 1
+        child.join()
+
+
 def test_a_signal_reaches_python_while_it_waits(fd: int, arena: _native.Arena) -> None:
     """The child's handler raises: the wait of a minute must end by it, not by its time."""
     out = run_child(
