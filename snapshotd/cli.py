@@ -35,7 +35,8 @@ ASK_S = 30.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser(given).parse_args(given)
     try:
         return int(options.do(options))
     except SnapshotError as error:
@@ -48,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(given: Sequence[str]) -> argparse.ArgumentParser:
+    """The whole command line. The drill's part, which imports much, is laid out in full only where it is `given`."""
     parser = argparse.ArgumentParser(
         prog="snapshotd", description="Keeps the state of PyTorch training in host memory, outside the trainer."
     )
@@ -66,7 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="for example: -- torchrun …")
     for one in (stop, status, collect, run):
         one.add_argument("--socket", type=Path, metavar="PATH", help="the daemon's socket (SNAPSHOTD_SOCKET)")
-    _add_drill(commands)
+    drill = _add(commands, "drill", "kill a real training run here and show that it comes back bit for bit", _drill)
+    if "drill" in given[:1]:
+        from snapshotd.drill import add_arguments
+
+        add_arguments(drill)
     return parser
 
 
@@ -184,13 +190,6 @@ def _run(options: argparse.Namespace) -> int:
     given = options.socket or os.environ.get("SNAPSHOTD_SOCKET")
     socket = Path(given).expanduser().absolute() if given else find_socket(os.environ)
     return run(command, socket, options.job, dict(os.environ))
-
-
-def _add_drill(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from snapshotd import drill
-
-    text = "kill a real training run on this machine and show that it comes back bit for bit"
-    drill.add_arguments(_add(commands, "drill", text, _drill))
 
 
 def _drill(options: argparse.Namespace) -> int:

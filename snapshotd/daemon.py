@@ -62,6 +62,7 @@ class Daemon:
             try:
                 await self._serve(loop)
             finally:
+                loop.call_soon(self.on_change)  # who waits for a claim sees then that its connection is over
                 await self._door.close()
         finally:
             self.keeper.close()

@@ -129,7 +129,7 @@ class ClientSession:
         draft = self._keeper.root.draft(ask.job, ask.local_index, needed)
         self._daemon.drafts[ask.job, ask.rank] = (draft, self._pid)
         try:
-            await self._reserve(draft, ask.numa_node)
+            await reserve(draft, ask.numa_node)
             self._keeper.check(ask)
             return self._keeper.install(draft, ask, self._pid)
         except asyncio.CancelledError:
@@ -140,21 +140,6 @@ class ClientSession:
         finally:
             del self._daemon.drafts[ask.job, ask.rank]
             self._daemon.on_change()
-
-    async def _reserve(self, draft: Draft, numa_node: int) -> None:
-        try:
-            await asyncio.get_running_loop().run_in_executor(
-                None, _native.reserve, draft.fd, draft.total_bytes, numa_node
-            )
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
-                raise
-            raise NoRoom(
-                f"{budget.shown(draft.total_bytes)} of shared memory could not be reserved ({error.strerror}), so "
-                f"this rank is not protected; make the tmpfs larger, or free old runs with `snapshotd gc`",
-                needed_bytes=draft.total_bytes,
-                setting="the size of the tmpfs",
-            ) from None
 
     async def _held(self, ask: wire.Held) -> Answer:
         file = self._granted.get(ask.arena)
@@ -227,6 +212,21 @@ class ClientSession:
                 rank=claim[0],
                 pid=claim[1],
             )
+
+
+async def reserve(draft: Draft, numa_node: int) -> None:
+    """Give a draft its pages, on a thread. NoRoom where the tmpfs filled up since the budget was checked."""
+    try:
+        await asyncio.get_running_loop().run_in_executor(None, _native.reserve, draft.fd, draft.total_bytes, numa_node)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+            raise
+        raise NoRoom(
+            f"{budget.shown(draft.total_bytes)} of shared memory could not be reserved ({error.strerror}), so "
+            f"this rank is not protected; make the tmpfs larger, or free old runs with `snapshotd gc`",
+            needed_bytes=draft.total_bytes,
+            setting="the size of the tmpfs",
+        ) from None
 
 
 def refusal(error: Refused) -> wire.Refusal:

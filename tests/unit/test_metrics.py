@@ -1,0 +1,40 @@
+"""Complaints that repeat are logged at a bounded rate."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from snapshotd.metrics import Repeats
+
+
+class Hand:
+    """A clock that a test turns."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic_s(self) -> float:
+        return self.now_s
+
+    def wall_s(self) -> float:
+        return self.now_s
+
+
+def test_repetitions_are_held_back_and_their_number_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Hand()
+    repeats = Repeats(logging.getLogger("test"), clock, pause_s=60)
+    for _ in range(5):
+        repeats.warning("magic", "bad bytes")
+    repeats.warning("other", "something else")
+    clock.now_s = 61
+    repeats.warning("magic", "bad bytes")
+    assert caplog.messages == ["bad bytes", "something else", "bad bytes (4 more like this since)"]
+
+
+def test_many_kinds_take_bounded_memory(caplog: pytest.LogCaptureFixture) -> None:
+    repeats = Repeats(logging.getLogger("test"), Hand())
+    for number in range(1000):
+        repeats.warning(f"kind {number}", "x")
+    assert len(repeats._last) <= 64
