@@ -149,17 +149,19 @@ def build(
             now=[part.item(manifest.places[part.leaf.name]) for part in (*now, *extra_items)],
             later=[part.item(manifest.places[part.leaf.name]) for part in later],
         ),
-        watch=_native.Watch(
-            links=links, sizes=list(sizes), tensors=[(leaf.local, leaf.local.data_ptr()) for leaf in leaves]
-        ),
-        versions=_native.Watch(
-            links=[], sizes=[], tensors=[(part.leaf.local, part.leaf.local.data_ptr()) for part in later]
-        ),
+        watch=_native.Watch(links=links, sizes=list(sizes), tensors=[_watched(leaf) for leaf in leaves]),
+        versions=_native.Watch(links=[], sizes=[], tensors=[_watched(part.leaf) for part in later]),
         signature=signature_of(leaves, groups),
         _outside_pointers=[tensor.data_ptr() for tensor in outside.values()],
         _now=now,
         _later=later,
     )
+
+
+def _watched(leaf: Leaf) -> tuple[torch.Tensor, int]:
+    """The user's own tensor and where it lies; a detached alias would stay behind at `parameter.data = ...`."""
+    found = leaf.links[-1][2] if leaf.links else leaf.local
+    return leaf.local if tree.is_dtensor(found) else found, leaf.local.data_ptr()
 
 
 def _outside_leaf(name: str, tensor: torch.Tensor, world: World) -> Leaf:
