@@ -69,8 +69,8 @@ class DaemonConfig:
         _within("claim_wait", self.claim_wait_s, 0.0, 600.0, "seconds")
         _within("lease", self.lease_s, 1.0, 90 * 24 * 3600.0, "seconds")
         _within("memory_limit", self.memory_limit, 0, 2**62, "bytes (0: no limit of our own)")
-        if len(self.node_id.encode()) > 200:
-            raise ConfigError("node_id is a label for people of at most 200 bytes")
+        if not _is_label(self.node_id):
+            raise ConfigError(f"node_id is {self.node_id!r}; it is a label for people, printable and at most 200 bytes")
         for name, value in (("listen", self.listen.removeprefix("tcp://")), ("advertise", self.advertise)):
             if value:
                 parse_address(name, value)
@@ -138,8 +138,8 @@ def job_name(explicit: str | None, environment: Mapping[str, str]) -> str:
             "this job has no name that a restart would carry again (torchrun's own run id is `none` or random), so its "
             'snapshots could not be found; pass job="..." to protect(), set SNAPSHOTD_JOB, or give torchrun --rdzv-id'
         )
-    if len(name.encode()) > 200 or any(ord(character) < 32 for character in name):
-        raise ConfigError(f"the job's name {name[:40]!r}… must be at most 200 bytes without control characters")
+    if not _is_label(name):
+        raise ConfigError(f"the job's name is {name[:40]!r}; it must be printable and at most 200 bytes long")
     return name
 
 
@@ -150,6 +150,11 @@ def parse_address(name: str, text: str) -> tuple[str, int]:
     if not colon or not valid or int(port) > 65535:
         raise ConfigError(f"{name} is {text!r}; write it like 127.0.0.1:7780, with a port below 65536")
     return host.strip("[]"), int(port)
+
+
+def _is_label(text: str) -> bool:
+    """Text that can be printed, sent and stored: surrogates, which bad bytes in the environment become, are neither."""
+    return text.isprintable() and len(text.encode()) <= 200
 
 
 def _is_loopback(host: str) -> bool:
