@@ -45,7 +45,7 @@ class Belongings(NamedTuple):
     def beyond(self, before: Belongings) -> list[str]:
         """One entry for each thing that `before` did not have."""
         return [
-            *(f"file {name}" for name in sorted(self.files - before.files)),
+            *(f"file /dev/shm/{name}" for name in sorted(_not_in_use_by_others(self.files - before.files))),
             *(f"process {pid} ({command})" for pid, command in sorted(self.processes - before.processes)),
             *(f"thread {name}" for name in sorted(self.threads - before.threads)),
             *(f"socket {name}" for name in sorted(self.sockets - before.sockets)),
@@ -73,6 +73,21 @@ def _is_anothers(path: Path) -> bool:
         return True
     pids = [int(digits) for digits in re.findall(r"\d{2,7}", path.name)]
     return any(psutil.pid_exists(pid) and pid != os.getpid() and not _carries_mark(pid) for pid in pids)
+
+
+def _not_in_use_by_others(names: frozenset[str]) -> frozenset[str]:
+    """Without what lies where a process outside this session has a file open: somebody else's daemon, say."""
+    if not names:
+        return names
+    tops = {name.split("/")[0] for name in names}
+    others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+    for process in others:
+        with contextlib.suppress(OSError):
+            links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{process.pid}/fd")]
+            used = {link.split("/")[3] for link in links if link.startswith(f"{SHM}/")} & tops
+            if used and not _carries_mark(process.pid):
+                tops -= used
+    return frozenset(name for name in names if name.split("/")[0] in tops)
 
 
 def _carries_mark(pid: int) -> bool:
@@ -143,8 +158,12 @@ def nothing_is_left_at_the_end() -> Iterator[None]:
     yield
 
     def left() -> list[str]:
-        files = [f"file /dev/shm/{name}" for name in sorted(shared_memory_files("") - before)]
-        return files + [f"process {pid} ({command})" for pid, command in sorted(marked_processes())]
+        files = _not_in_use_by_others(shared_memory_files("") - before)
+        processes = sorted(marked_processes())
+        return [
+            *(f"file /dev/shm/{name}" for name in sorted(files)),
+            *(f"process {pid} ({what})" for pid, what in processes),
+        ]
 
     remaining = _left_after_patience(left)
     _end(marked_processes())
