@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <pthread.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,7 +18,6 @@ namespace snapshotd {
 
 namespace {
 
-constexpr char kMagic[8] = {'S', 'N', 'A', 'P', 'A', 'R', 'N', 'A'};
 constexpr uint32_t kSealed = 0xC35AA53C;
 
 std::atomic<uint32_t> forks{0};
@@ -31,146 +29,6 @@ bool is_past_filling(uint32_t state) {
 
 std::string describe(int error) {
     return std::strerror(error);
-}
-
-// --- the static part
-
-StaticPart make_static_part(const std::string& arena_id, const std::string& job, uint32_t local_index,
-                            const Geometry& geometry) {
-    StaticPart part{};
-    std::memcpy(part.magic, kMagic, sizeof kMagic);
-    part.version = kArenaVersion;
-    part.slots = geometry.slots;
-    part.total_bytes = geometry.total_bytes();
-    part.header_bytes = geometry.header_bytes();
-    part.slot_bytes = geometry.slot_bytes;
-    part.block_bytes = geometry.block_bytes;
-    part.local_index = local_index;
-    std::memcpy(part.arena_id, arena_id.data(), sizeof part.arena_id);
-    part.job_bytes = static_cast<uint32_t>(job.size());
-    std::memcpy(part.job, job.data(), job.size());
-    part.crc = crc32c(0, &part, offsetof(StaticPart, crc));
-    return part;
-}
-
-// Everything that a foreign, older, truncated or damaged file can have wrong.
-Geometry check_static_part(const StaticPart& part, uint64_t real_bytes) {
-    if (std::memcmp(part.magic, kMagic, sizeof kMagic) != 0) {
-        throw FormatError("this is not an arena of snapshotd: its first bytes are foreign; nothing in it was touched");
-    }
-    if (part.version != kArenaVersion) {
-        throw FormatError("the arena has version " + std::to_string(part.version) + ", this snapshotd reads version " +
-                          std::to_string(kArenaVersion) +
-                          ": restore with the release that wrote it, or remove it with `snapshotd gc`");
-    }
-    if (part.crc != crc32c(0, &part, offsetof(StaticPart, crc))) {
-        throw FormatError(
-            "the arena's header is damaged: it does not match its checksum, so its snapshots count as lost");
-    }
-    Geometry geometry{};
-    try {
-        geometry = Geometry::checked(part.slots, part.slot_bytes, part.block_bytes);
-    } catch (const std::invalid_argument& error) {
-        throw FormatError(std::string("the arena's header states impossible sizes: ") + error.what());
-    }
-    if (part.total_bytes != geometry.total_bytes() || part.header_bytes != geometry.header_bytes() ||
-        part.job_bytes > kJobBytesMax) {
-        throw FormatError("the arena's header contradicts itself: its sizes do not add up");
-    }
-    if (real_bytes != part.total_bytes) {
-        throw FormatError("the arena is truncated or grown: the file has " + std::to_string(real_bytes) +
-                          " bytes, its header says " + std::to_string(part.total_bytes));
-    }
-    return geometry;
-}
-
-uint64_t length_of(int fd) {
-    struct stat status;
-    if (fstat(fd, &status) != 0) throw OsError(errno, "the arena file cannot be looked at: " + describe(errno));
-    if (!S_ISREG(status.st_mode)) throw FormatError("this is not an arena of snapshotd: it is not a regular file");
-    return static_cast<uint64_t>(status.st_size);
-}
-
-StaticPart read_static_part(int fd, uint64_t real_bytes) {
-    if (real_bytes < sizeof(Header)) {
-        throw FormatError("this is not an arena of snapshotd, or a truncated one: it has " +
-                          std::to_string(real_bytes) + " bytes, less than a header");
-    }
-    StaticPart part;
-    ssize_t got = pread(fd, &part, sizeof part, 0);
-    if (got < 0) throw OsError(errno, "the arena's header cannot be read: " + describe(errno));
-    if (got != static_cast<ssize_t>(sizeof part)) throw FormatError("the arena shrank while its header was read");
-    return part;
-}
-
-// --- the owner record
-
-using OwnerWords = std::array<uint64_t, kOwnerWords + 1>;  // the last one is the serial
-
-uint64_t two(uint32_t low, uint32_t high) {
-    return low | static_cast<uint64_t>(high) << 32;
-}
-uint32_t low(uint64_t word) {
-    return static_cast<uint32_t>(word);
-}
-uint32_t high(uint64_t word) {
-    return static_cast<uint32_t>(word >> 32);
-}
-
-OwnerWords pack_owner(const Owner& o, uint64_t serial) {
-    return {o.generation,
-            o.nonce[0],
-            o.nonce[1],
-            two(o.rank, o.world_size),
-            two(o.local_world, o.every),
-            two(o.pid, (o.fenced ? 1u : 0u) | (o.closed ? 2u : 0u)),
-            o.released_at_s,
-            o.restored_generation,
-            o.restored_nonce[0],
-            o.restored_nonce[1],
-            o.restored_step,
-            0,
-            0,
-            0,
-            serial};
-}
-
-Owner unpack_owner(const OwnerWords& w) {
-    Owner o;
-    o.generation = w[0];
-    o.nonce = {w[1], w[2]};
-    o.rank = low(w[3]);
-    o.world_size = high(w[3]);
-    o.local_world = low(w[4]);
-    o.every = high(w[4]);
-    o.pid = low(w[5]);
-    o.fenced = (high(w[5]) & 1) != 0;
-    o.closed = (high(w[5]) & 2) != 0;
-    o.released_at_s = w[6];
-    o.restored_generation = w[7];
-    o.restored_nonce = {w[8], w[9]};
-    o.restored_step = w[10];
-    return o;
-}
-
-uint32_t crc_of(const OwnerWords& words) {
-    return crc32c(0, words.data(), sizeof words);
-}
-
-uint64_t with_complement(uint32_t serial) {
-    return two(serial, ~serial);
-}
-
-// One look at the record that counts; false where a writer was at it meanwhile.
-bool look_at_owner(const Header& header, OwnerWords& words, bool& sound) {
-    uint64_t mark = header.owner_serial.load(std::memory_order_acquire);
-    const OwnerRecord& record = header.owner[low(mark) & 1];
-    for (size_t i = 0; i < kOwnerWords; ++i) words[i] = record.words[i].load(std::memory_order_relaxed);
-    words[kOwnerWords] = record.serial.load(std::memory_order_relaxed);
-    uint64_t crc = record.crc.load(std::memory_order_relaxed);
-    std::atomic_thread_fence(std::memory_order_acquire);
-    sound = mark == with_complement(low(mark)) && words[kOwnerWords] == low(mark) && crc == crc_of(words);
-    return header.owner_serial.load(std::memory_order_relaxed) == mark;
 }
 
 // --- slots
@@ -210,17 +68,6 @@ uint64_t block_length(const Geometry& geometry, uint64_t block, uint64_t file_by
 
 uint32_t fork_count() noexcept {
     return forks.load(std::memory_order_relaxed);
-}
-
-Geometry Geometry::checked(uint64_t slots, uint64_t slot_bytes, uint64_t block_bytes) {
-    if (slots < 1 || slots > kSlotsMax) throw std::invalid_argument("slots must be between 1 and 64");
-    if (block_bytes < kBlockBytesMin || block_bytes > kBlockBytesMax || (block_bytes & (block_bytes - 1)) != 0) {
-        throw std::invalid_argument("block_bytes must be a power of two from 4096 to 16777216");
-    }
-    if (slot_bytes < block_bytes || slot_bytes > kSlotBytesMax || slot_bytes % block_bytes != 0) {
-        throw std::invalid_argument("slot_bytes must be a multiple of block_bytes, above 0 and at most 16 TiB");
-    }
-    return {static_cast<uint32_t>(slots), static_cast<uint32_t>(block_bytes), slot_bytes};
 }
 
 // --- mapping
@@ -324,30 +171,11 @@ Word32* Arena::crc_table(const Mapping& map, uint32_t index) const {
 // --- owner
 
 std::optional<Owner> Arena::owner() const {
-    std::shared_ptr<Mapping> map = mapped();
-    const Header& header = header_of(*map);
-    if (header.owner_serial.load(std::memory_order_acquire) == 0) return std::nullopt;
-    OwnerWords words;
-    bool sound = false;
-    // A writer needs two whole writes within one look to disturb it; nobody does that a thousand times in a row.
-    for (int look = 0; look < 1000; ++look) {
-        if (look_at_owner(header, words, sound)) break;
-    }
-    if (!sound) throw FormatError("the arena's owner record is damaged: it does not match its checksum");
-    return unpack_owner(words);
+    return read_owner(header_of(*mapped()));
 }
 
 void Arena::set_owner(const Owner& owner) {
-    std::shared_ptr<Mapping> map = mapped_for_writing();
-    Header& header = header_of(*map);
-    uint32_t serial = low(header.owner_serial.load(std::memory_order_relaxed)) + 1;
-    OwnerRecord& record = header.owner[serial & 1];
-    OwnerWords words = pack_owner(owner, serial);
-    std::atomic_thread_fence(std::memory_order_release);
-    for (size_t i = 0; i < kOwnerWords; ++i) record.words[i].store(words[i], std::memory_order_relaxed);
-    record.serial.store(serial, std::memory_order_relaxed);
-    record.crc.store(crc_of(words), std::memory_order_relaxed);
-    header.owner_serial.store(with_complement(serial), std::memory_order_release);
+    write_owner(header_of(*mapped_for_writing()), owner);
 }
 
 // --- slots

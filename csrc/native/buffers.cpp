@@ -60,6 +60,12 @@ uint64_t to_unsigned(py::handle value, const std::string& what) {
     return number;
 }
 
+uint32_t to_u32(py::handle value, const char* what) {
+    uint64_t number = to_unsigned(value, what);
+    if (number > UINT32_MAX) throw std::invalid_argument(std::string(what) + " does not fit into 32 bits");
+    return static_cast<uint32_t>(number);
+}
+
 std::vector<ItemSpec> to_items(py::handle sequence, const char* what) {
     py::object fast = fast_sequence(sequence, std::string(what) + " items");
     std::vector<ItemSpec> specs;

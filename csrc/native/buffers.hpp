@@ -35,6 +35,7 @@ class Bytes {
 
 // ValueError, not OverflowError, for integers that do not fit: `what` is named.
 uint64_t to_unsigned(py::handle value, const std::string& what);
+uint32_t to_u32(py::handle value, const char* what);
 std::vector<ItemSpec> to_items(py::handle sequence, const char* what);
 std::vector<uint64_t> to_pointers(py::handle sequence, const char* what);
 
