@@ -276,6 +276,10 @@ class Orders:
     def close(self, arena: str) -> None:
         self._door.ask(wire.Close(bytes.fromhex(arena)))
 
+    def touch(self) -> None:
+        """Have every page of the arena in this process, as a trainer does."""
+        self._arena = _native.Arena(self._fds[self._arena_id][0], writable=True, populate=True, exclude_from_fork=True)
+
     def fork(self) -> int:
         pid = os.fork()
         if pid == 0:

@@ -259,12 +259,20 @@ def test_an_arena_that_does_not_hold_what_was_restored_is_not_inherited(daemon: 
         second.grant(arena=arena, restored=snapshot_id(1, 9), passed=9)
 
 
-def test_attaching_without_an_inventory_is_refused(daemon: Node) -> None:
-    daemon.commits(1)
-    second = daemon.puppet(0, 1, 2)
+def test_attaching_beside_a_living_generation_without_an_inventory_is_refused(daemon: Node) -> None:
+    daemon.pair()
+    second = daemon.puppet(0, 2, 2)
     second.connect()
     with pytest.raises(Refused, match="take the inventory before attaching"):
         second.grant()
+    assert not daemon.generations()[0]["fenced"]
+
+
+def test_attaching_after_a_dead_generation_fences_it(daemon: Node) -> None:
+    """The new generation began while this daemon was down, so nobody could take the inventory here."""
+    daemon.commits(1)
+    daemon.puppet(0, 1, 2).attach()
+    assert [one["fenced"] for one in daemon.generations()] == [True, False]
 
 
 def test_a_run_that_begins_afresh_frees_only_what_was_never_committed(daemon: Node) -> None:
@@ -458,3 +466,62 @@ def test_a_stopped_daemon_says_nothing_and_its_clients_give_up(daemon: Node) -> 
     psutil.Process(daemon.process.pid).suspend()
     with DoorClient.connect(daemon.socket) as door, pytest.raises(SnapshotError, match="does not answer in time"):
         door.ask(wire.Hello("tool", 0), timeout_s=0.05)
+
+
+# --- coming back within one process ----------------------------------------------------------------
+
+
+def test_a_trainer_whose_connection_broke_takes_up_the_same_arena(daemon: Node) -> None:
+    trainer = daemon.puppet()
+    arena = trainer.attach()
+    trainer.snapshot(1)
+    becomes(trainer, {1: "COMMITTED"})
+    trainer.order("disconnect")
+    assert trainer.attach(arena=arena) == arena
+    assert trainer.slots() == {1: "COMMITTED"}
+    assert trainer.words()["committed_step"] == 1
+    trainer.snapshot(2)
+    becomes(trainer, {2: "COMMITTED"})
+    assert len(daemon.arenas()) == 1
+
+
+def test_a_process_that_gave_up_one_run_may_begin_the_next(daemon: Node) -> None:
+    trainer = daemon.puppet()
+    arena = trainer.attach()
+    trainer.snapshot(1)
+    becomes(trainer, {1: "COMMITTED"})
+    trainer.order("disconnect")
+    until(lambda: daemon.status()["connections"] == 1, "the end of the first connection")
+    trainer.connect()
+    trainer.generation = 2
+    assert [shard.snapshot for shard in trainer.inventory().shards] == [snapshot_id(1, 1)]
+    trainer.attach(arena=arena, restored=snapshot_id(1, 1), passed=1)
+    trainer.snapshot(2)
+    becomes(trainer, {2: "COMMITTED"})
+
+
+def test_a_process_does_not_begin_a_second_run_of_a_job_beside_its_first(daemon: Node) -> None:
+    trainer = daemon.puppet()
+    trainer.attach()
+    with pytest.raises(RankClaimed, match=f"living process {trainer.pid}"):
+        trainer.inventory()
+
+
+def test_what_a_resumed_run_left_behind_goes_with_its_first_commit(daemon: Node) -> None:
+    trainer = daemon.puppet()
+    old = trainer.attach()
+    trainer.snapshot(1)
+    becomes(trainer, {1: "COMMITTED"})
+    trainer.grant(replaces=old, slot_bytes=4 * SLOT_BYTES, passed=1)
+    trainer.order("lock")
+    trainer.order("held")
+    trainer.kill()
+    until(daemon.nobody_holds, "the death to be seen")
+    second = daemon.puppet(generation=2)
+    second.connect()
+    second.inventory()
+    second.attach(arena=old, restored=snapshot_id(1, 1), passed=1)
+    second.snapshot(2)
+    becomes(second, {2: "COMMITTED"})
+    until(lambda: len(daemon.arenas()) == 1, "the arena that the first run had just begun to use to be freed")
+    assert old.hex() in daemon.arenas()[0].name
