@@ -232,11 +232,15 @@ class Keeper:
                     f"generation {ask.generation} of job {ask.job!r} is not newer than {other.identity}, which this "
                     f"node has already; restart the job so that it takes the inventory first"
                 )
-            if not other.ledger.fenced:
-                raise Refused(
-                    f"generation {other.identity} of job {ask.job!r} has not ended for this daemon; take the inventory "
-                    f"before attaching (a restart of the job does so)"
-                )
+            if other.ledger.fenced:
+                continue
+            if not any(isinstance(file.holder, (HeldBy, Granted)) for file in other.all_files()):
+                other.fence()  # this node was down when the new generation began; nobody trains the old one any more
+                continue
+            raise Refused(
+                f"generation {other.identity} of job {ask.job!r} has not ended for this daemon; take the inventory "
+                f"before attaching (a restart of the job does so)"
+            )
 
     def own_arena(self, ask: wire.Attach) -> ArenaFile | None:
         """The arena that this rank has in this generation already, when it comes back for it."""
@@ -314,6 +318,9 @@ class Keeper:
         """The rank of this arena counts from now on; it hears what was decided and named before it came."""
         generation = self.generation_of(file)
         generation.attached.add(file.owner.rank)
+        committed = generation.ledger.committed
+        if committed is not None and file.native.committed_step < committed:
+            file.native.committed_step = committed
         if generation.next_step is not None and file.native.next_step != generation.next_step:
             name(file, generation.next_step)
         self.look(generation)

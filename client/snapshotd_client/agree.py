@@ -32,6 +32,7 @@ class Card(Struct, frozen=True):
     group_size: int
     nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
     inventory: Inventory | None  # None: no daemon answered this rank
+    place: str = ""  # host and socket: tells which ranks share a node where no daemon answered
     refusal_kind: str = ""
     refusal: str = ""
 
@@ -100,6 +101,13 @@ def disagreement(cards: list[Card]) -> str:
                     f"{getattr(card, name)!r}; protect() needs the same on every rank"
                 )
     return ""
+
+
+def on_one_node(one: Card, other: Card) -> bool:
+    """Whether two ranks share a daemon: by its node's id where it answered both, else by host and socket."""
+    if one.inventory is not None and other.inventory is not None:
+        return one.inventory.node == other.inventory.node
+    return one.place == other.place
 
 
 def next_generation(cards: list[Card], wall_s: float) -> GenerationId:

@@ -82,6 +82,7 @@ class Guard:
         self._restored_called = self._closed = self._off = False
         self._taken = self._published = self._failures = 0
         self._last_published: int | None = None
+        self._published_in: Copier | None = None
         self._skips: dict[str, int] = {}
         self._timings = {"step_s": 0.0, "host_s": 0.0, "settle_s": 0.0, "copy_s": 0.0}
         self._hooks = hooks.install(self, state)
@@ -219,7 +220,7 @@ class Guard:
                 self._note_skip("no arena yet" if not link.trouble else "refused")
             return
         copier, planned = ready
-        self._note(copier.settle())
+        self._note(copier, copier.settle())
         due = self._due(copier)
         taken = stepped and due and self._cut(copier, planned, link)
         copier.arena.passed = self._step  # after FILLING: who reads this first and then the slots cannot be misled
@@ -275,7 +276,7 @@ class Guard:
             ready = self._link.ready() if self._link else None
             if ready is not None:
                 began_s = self._clock.monotonic_s()
-                self._note(ready[0].settle())
+                self._note(ready[0], ready[0].settle())
                 self._timings["settle_s"] = self._clock.monotonic_s() - began_s
         except Exception:
             self._failed("the optimizer's pre-hook")
@@ -342,7 +343,7 @@ class Guard:
         """The engine is done (link's thread)."""
         ready = self._link.ready() if self._link else None
         if ready is not None and not self._closed:
-            self._note(ready[0].settle())
+            self._note(ready[0], ready[0].settle())
 
     # --- what became of it ------------------------------------------------------------------------
 
@@ -357,7 +358,7 @@ class Guard:
         copier = link.copier
         if copier is None:
             return None
-        self._note(copier.settle(max(0.0, deadline_s - self._clock.monotonic_s())))
+        self._note(copier, copier.settle(max(0.0, deadline_s - self._clock.monotonic_s())))
         while not self._decided(copier):
             seen, left_s = copier.arena.changes(), deadline_s - self._clock.monotonic_s()
             if left_s <= 0 or self._decided(copier):
@@ -367,6 +368,8 @@ class Guard:
 
     def _decided(self, copier: Copier) -> bool:
         last, arena = self._last_published, copier.arena
+        if copier is not self._published_in:  # it was in an arena that became too small; its decision is told there
+            return True
         return last is None or arena.committed_step >= last or arena.aborted_step >= last
 
     def status(self) -> dict[str, Any]:
@@ -399,7 +402,7 @@ class Guard:
     def _passed(self) -> int:
         return self._step
 
-    def _note(self, settled: Settled | None) -> None:
+    def _note(self, copier: Copier, settled: Settled | None) -> None:
         if settled is None:
             return
         self._timings["copy_s"] = settled.copy_s
@@ -409,7 +412,7 @@ class Guard:
             self._once("spoiled", f"the snapshot of step {settled.step} was dropped: {settled.skipped}")
         else:
             self._published += 1
-            self._last_published = settled.step
+            self._last_published, self._published_in = settled.step, copier
 
     def _note_skip(self, reason: str) -> None:
         self._skips[reason] = self._skips.get(reason, 0) + 1

@@ -20,7 +20,7 @@ from snapshotd.clock import Clock, SystemClock
 from snapshotd.config import ClientConfig, job_name, load_client_config
 from snapshotd.door_client import DoorClient
 from snapshotd.errors import REFUSALS, ConfigError, DaemonUnavailable, ProtocolError, Refused
-from snapshotd_client.agree import Card, Peers, disagreement, next_generation
+from snapshotd_client.agree import Card, Peers, disagreement, next_generation, on_one_node
 from snapshotd_client.copier import Session
 from snapshotd_client.hook import Guard
 from snapshotd_client.state import TrainingState
@@ -69,13 +69,13 @@ def protect(
             group_size,
             secrets.token_bytes(16),
             inventory,
+            f"{os.uname().nodename}:{config.socket}",
             kind,
             sentence,
         )
     )
     _refuse_together(cards)
-    node = inventory.node if inventory else None
-    local = [card.rank for card in cards if card.rank == peers.rank or (card.inventory and card.inventory.node == node)]
+    local = [card.rank for card in cards if on_one_node(card, cards[peers.rank])]
     session = Session(
         name,
         next_generation(cards, clock.wall_s()),

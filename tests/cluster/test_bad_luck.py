@@ -151,7 +151,7 @@ def test_training_goes_on_without_a_daemon_and_snapshots_begin_when_one_comes(sh
         scene.daemon.kill()
         (scene.daemon.socket).unlink()
         trainer = scene.start(
-            RECIPE, steps=STEPS, gates={5: str(gate)}, environment={"SNAPSHOTD_WAIT": "0.1"}, flush_s=2.0
+            RECIPE, steps=STEPS, gates={5: str(gate)}, environment={"SNAPSHOTD_WAIT": "0.1"}, flush_s=0.3
         )
         until(lambda: trainer.events("at gate"), "the trainer at its gate")
         scene.daemon.start()
@@ -246,3 +246,26 @@ def test_a_newer_checkpoint_of_the_users_own_wins(shm_dir: Path, tmp_path: Path)
         scene.run(RECIPE, steps=STEPS, die="after_commit", die_step=5)
         own = scene.run(RECIPE, steps=STEPS, restore={"newer_than": 9}, die="raise", die_step=STEPS)
         assert own.events("restored")[0]["step"] == 9
+
+
+@pytest.mark.parametrize("recipe", ["ddp", "fsdp"])
+def test_a_group_that_began_without_a_daemon_is_protected_once_one_comes_and_what_was_kept_stays(
+    recipe: str, shm_dir: Path, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
+    with stage(shm_dir, tmp_path) as scene:
+        before = scene.start_group(recipe, 2, steps=STEPS, die="after_commit", die_step=4)
+        assert [one.join() for one in before] == [-9, -9]
+        kept = set(scene.daemon.arenas())
+        scene.daemon.kill()
+        scene.daemon.socket.unlink()
+        group = scene.start_group(
+            recipe, 2, steps=20, gates={5: str(gate)}, environment={"SNAPSHOTD_WAIT": "0.1"}, flush_s=0.3
+        )
+        until(lambda: all(one.events("at gate") for one in group), "both trainers at their gates")
+        scene.daemon.start()
+        until(lambda: len(scene.daemon.arenas()) == 4, "two more arenas")
+        gate.touch()
+        assert [one.join() for one in group] == [0, 0], [one.events("error") for one in group]
+        assert newest_commit(*group) > 5, scene.daemon.log.read_text()
+        assert kept <= set(scene.daemon.arenas()), "a run that started from scratch frees nothing"
