@@ -1,8 +1,6 @@
-"""Arena files: memory that outlives both the trainer and the daemon.
+"""An arena file: memory that outlives both the trainer and the daemon.
 
-`Root` is the directory on tmpfs where one daemon keeps them: it makes sure that nobody else can, creates files,
-finds them again after a restart, and never touches what it cannot read. `ArenaFile` is one of them, mapped, with what
-the daemon knows about it. Every descriptor has one owner here and is closed by it.
+`ArenaFile` is one of them, mapped, with what the daemon knows about it. It owns its descriptors and closes them.
 
 An arena is two files, `<job>.<local index>.<arena id>.arena` and, beside it, `.lock`. The lock file is made first and
 removed last, so one without an arena is a leftover and an arena without its lock is not to be trusted.
@@ -11,32 +9,23 @@ removed last, so one without an arena is a leftover and an arena without its loc
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import os
 import re
-import secrets
-import stat
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from snapshotd import _native
-from snapshotd.errors import ConfigError, NoRoom, SnapshotError
 from snapshotd.faults import crash_point
 from snapshotd.wire import GenerationId, SnapshotId
 
 SLOTS = 2
-SHARED_PARENT = Path("/dev/shm/snapshotd")
+OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 _OWNER_FIELDS = (
     "generation", "nonce", "rank", "world_size", "local_world", "every", "pid", "fenced", "closed", "released_at_s",
     "restored_generation", "restored_nonce", "restored_step",
 )  # fmt: skip
-_NAME = re.compile(r"(?P<job>[A-Za-z0-9_-]+)\.(?P<index>\d+)\.(?P<id>[0-9a-f]{32})\.arena")
-_LOCK, _NODE, _NODE_DRAFT = "daemon.lock", "node.id", "node.id.new"
-_OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 # --- who has it ----------------------------------------------------------------------------------
@@ -117,18 +106,18 @@ class ArenaFile:
         """Write the owner record anew with these fields changed."""
         fields = {name: getattr(self.owner, name) for name in _OWNER_FIELDS}
         self.native.set_owner(**(fields | changes))
-        self.owner = _read_owner(self.native)
+        self.owner = read_owner(self.native)
 
     def open_read_only(self) -> int:
         """A fresh descriptor through which nothing can be written; the caller's to close."""
-        return os.open(self.name, os.O_RDONLY | _OPEN_FLAGS, dir_fd=self.directory_fd)
+        return os.open(self.name, os.O_RDONLY | OPEN_FLAGS, dir_fd=self.directory_fd)
 
     def free(self) -> None:
         """Remove both files. A trainer that still maps them keeps its memory until it ends."""
         crash_point("free.before")
-        _unlink(self.name, self.directory_fd)
+        remove(self.name, self.directory_fd)
         crash_point("free.after")
-        _unlink(_lock_name(self.name), self.directory_fd)
+        remove(lock_name(self.name), self.directory_fd)
         self.close()
 
     def close(self) -> None:
@@ -140,290 +129,26 @@ class ArenaFile:
                 os.close(fd)
 
 
-@dataclass(frozen=True)
-class Damaged:
-    """A file that cannot be used. `job` is the job's part of its name, empty where the name says nothing."""
-
-    name: str
-    job: str
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Draft:
-    """An arena under construction: its files exist, its pages not yet."""
-
-    name: str
-    fd: int
-    lock_fd: int
-    arena_id: bytes
-    total_bytes: int
-
-    def outstanding_bytes(self) -> int:
-        """What its reservation will still take."""
-        return max(0, self.total_bytes - os.fstat(self.fd).st_blocks * 512)
-
-
-# --- the directory -------------------------------------------------------------------------------
-
-
-class Root:
-    """The daemon's directory on tmpfs. `open` makes or checks it and locks out every other daemon."""
-
-    def __init__(self, path: Path, fd: int, lock_fd: int, node: bytes) -> None:
-        self.path, self.node = path, node
-        self._fd, self._lock_fd = fd, lock_fd
-        self._ordinal = 0
-
-    @classmethod
-    def open(cls, path: Path) -> Root:
-        """ConfigError if the directory is not ours alone, SnapshotError if another daemon has it."""
-        fd = _open_directory(path)
-        try:
-            lock_fd = _lock_directory(path, fd)
-            return cls(path, fd, lock_fd, _node_id(fd))
-        except BaseException:
-            os.close(fd)
-            raise
-
-    def close(self) -> None:
-        """Give the directory up; arenas stay."""
-        os.close(self._lock_fd)
-        os.close(self._fd)
-
-    def draft(self, job: str, local_index: int, total_bytes: int) -> Draft:
-        """Make the two files of a new arena, still empty."""
-        arena_id = secrets.token_bytes(16)
-        name = f"{slug(job)}.{local_index}.{arena_id.hex()}.arena"
-        lock_fd = self._create(_lock_name(name))
-        try:
-            fd = self._create(name)
-        except BaseException:
-            os.close(lock_fd)
-            _unlink(_lock_name(name), self._fd)
-            raise
-        crash_point("reserve.created")
-        return Draft(name, fd, lock_fd, arena_id, total_bytes)
-
-    def discard(self, draft: Draft) -> None:
-        """Take back what `draft` made."""
-        _unlink(draft.name, self._fd)
-        _unlink(_lock_name(draft.name), self._fd)
-        os.close(draft.fd)
-        os.close(draft.lock_fd)
-
-    def finish(
-        self, draft: Draft, *, job: str, local_index: int, slot_bytes: int, block_bytes: int, owner: dict[str, Any]
-    ) -> ArenaFile:
-        """Format and map a draft whose pages are reserved."""
-        _native.Arena.format(
-            draft.fd,
-            arena_id=draft.arena_id,
-            job=job,
-            local_index=local_index,
-            slots=SLOTS,
-            slot_bytes=slot_bytes,
-            block_bytes=block_bytes,
-        )
-        crash_point("reserve.formatted")
-        native = _native.Arena(draft.fd, writable=True)
-        native.set_owner(**owner)
-        return self._arena(draft.name, draft.fd, draft.lock_fd, native, _read_owner(native))
-
-    def scan(self) -> tuple[list[ArenaFile], list[Damaged]]:
-        """Everything that earlier daemons left here. Removes only what an interrupted creation left behind."""
-        files: list[ArenaFile] = []
-        damaged: list[Damaged] = []
-        names = sorted(os.listdir(self._fd))
-        for name in names:
-            if name in (_LOCK, _NODE, _NODE_DRAFT):
-                continue
-            if name.endswith(".lock") and _NAME.fullmatch(name[: -len(".lock")] + ".arena"):
-                if name[: -len(".lock")] + ".arena" not in names:
-                    _unlink(name, self._fd)
-                continue
-            try:
-                files.extend(self._adopt(name))
-            except (OSError, _native.ArenaFormatError) as error:
-                damaged.append(self._unusable(name, error))
-        return files, damaged
-
-    def _adopt(self, name: str) -> list[ArenaFile]:
-        """The arena of this name; none if it was a leftover, which is removed."""
-        match = _NAME.fullmatch(name)
-        if match is None:
-            raise _native.ArenaFormatError("it is no file of snapshotd")
-        fd = os.open(name, os.O_RDWR | _OPEN_FLAGS, dir_fd=self._fd)
-        lock_fd = -1
-        try:
-            _check_private(os.fstat(fd), stat.S_ISREG)
-            if _is_unformatted(fd):
-                return self._remove_leftover(name, fd)
-            lock_fd = self._open_lock(name)
-            native = _native.Arena(fd, writable=True)
-            if native.arena_id.hex() != match["id"] or slug(native.job) != match["job"]:
-                raise _native.ArenaFormatError("its name and its header say different things; it was copied or renamed")
-            if native.owner() is None:
-                native.close()
-                os.close(lock_fd)
-                return self._remove_leftover(name, fd)
-            return [self._arena(name, fd, lock_fd, native, _read_owner(native))]
-        except BaseException:
-            os.close(fd)
-            if lock_fd >= 0:
-                os.close(lock_fd)
-            raise
-
-    def _remove_leftover(self, name: str, fd: int) -> list[ArenaFile]:
-        _unlink(name, self._fd)
-        _unlink(_lock_name(name), self._fd)
-        os.close(fd)
-        return []
-
-    def _open_lock(self, name: str) -> int:
-        try:
-            lock_fd = os.open(_lock_name(name), os.O_RDWR | _OPEN_FLAGS, dir_fd=self._fd)
-        except FileNotFoundError:
-            raise _native.ArenaFormatError("its lock file is missing, so a trainer might still write to it") from None
-        try:
-            _check_private(os.fstat(lock_fd), stat.S_ISREG)
-        except BaseException:
-            os.close(lock_fd)
-            raise
-        return lock_fd
-
-    def _arena(self, name: str, fd: int, lock_fd: int, native: _native.Arena, owner: _native.Owner) -> ArenaFile:
-        self._ordinal += 1
-        return ArenaFile(name, self._fd, fd, lock_fd, native, owner, self._ordinal)
-
-    def _unusable(self, name: str, error: Exception) -> Damaged:
-        match = _NAME.fullmatch(name)
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        return Damaged(
-            name,
-            match["job"] if match else "",
-            f"{self.path / name} cannot be used ({reason}); it was left as it is, remove it by hand to have its memory",
-        )
-
-    def _create(self, name: str) -> int:
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | _OPEN_FLAGS
-        try:
-            return os.open(name, flags, 0o600, dir_fd=self._fd)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-                raise NoRoom(
-                    f"{self.path} has no room for another file, so this rank is not protected; enlarge its tmpfs",
-                    setting="the size of the tmpfs",
-                ) from None
-            raise
-
-
 def slug(job: str) -> str:
     """A job's part of a file name: readable, and unlike that of any other job."""
     readable = re.sub(r"[^A-Za-z0-9_-]", "_", job)[:64]
     return f"{readable}-{hashlib.sha256(job.encode()).hexdigest()[:8]}"
 
 
-# --- helpers -------------------------------------------------------------------------------------
-
-
-def _open_directory(path: Path) -> int:
-    try:
-        if path.parent == SHARED_PARENT:
-            _make_shared_parent()
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | _OPEN_FLAGS)
-    except OSError as error:
-        reason = "it is no directory of its own" if error.errno in (errno.ENOTDIR, errno.ELOOP) else error.strerror
-        raise ConfigError(f"{path} cannot hold arenas: {reason}; choose another --shm-dir") from None
-    try:
-        _check_private(os.fstat(fd), stat.S_ISDIR)
-    except _native.ArenaFormatError as error:
-        os.close(fd)
-        raise ConfigError(
-            f"{path} cannot hold arenas: {error}, so others could read or replace training state; make it "
-            f"`chmod 700` and yours, or choose another --shm-dir"
-        ) from None
-    return fd
-
-
-def _make_shared_parent() -> None:
-    """The directory that all users of a machine share, like /tmp: everyone may add, nobody may remove another's."""
-    with contextlib.suppress(FileExistsError):
-        SHARED_PARENT.mkdir()
-        SHARED_PARENT.chmod(0o1777)
-    status = SHARED_PARENT.lstat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, "its parent is no directory", str(SHARED_PARENT))
-    shared = bool(status.st_mode & 0o022)
-    if status.st_uid not in (0, os.getuid()) and not (status.st_mode & stat.S_ISVTX):
-        raise PermissionError(errno.EPERM, f"its parent belongs to user {status.st_uid}", str(SHARED_PARENT))
-    if shared and not status.st_mode & stat.S_ISVTX:
-        raise PermissionError(errno.EPERM, "its parent is writable for everyone without the sticky bit")
-
-
-def _check_private(status: os.stat_result, kind: Any) -> None:
-    if not kind(status.st_mode):
-        raise _native.ArenaFormatError("it is of another kind of file")
-    if status.st_uid != os.getuid():
-        raise _native.ArenaFormatError(f"it belongs to user {status.st_uid} and not to us ({os.getuid()})")
-    if status.st_mode & 0o077:
-        raise _native.ArenaFormatError(f"its permissions {stat.S_IMODE(status.st_mode):o} let others in")
-
-
-def _lock_directory(path: Path, directory_fd: int) -> int:
-    fd = os.open(_LOCK, os.O_CREAT | os.O_RDWR | _OPEN_FLAGS, 0o600, dir_fd=directory_fd)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        pid = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
-        raise SnapshotError(
-            f"the daemon with pid {pid} has {path} already; stop it first (`snapshotd stop`), or choose another "
-            f"--shm-dir"
-        ) from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd
-
-
-def _node_id(directory_fd: int) -> bytes:
-    """The node's identity, which lives as long as its memory: read it, or draw it now."""
-    with contextlib.suppress(FileNotFoundError):
-        fd = os.open(_NODE, os.O_RDONLY | _OPEN_FLAGS, dir_fd=directory_fd)
-        try:
-            known = os.read(fd, 64)
-        finally:
-            os.close(fd)
-        if len(known) == 16:
-            return known
-    drawn = secrets.token_bytes(16)
-    fd = os.open(_NODE_DRAFT, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | _OPEN_FLAGS, 0o600, dir_fd=directory_fd)
-    try:
-        os.write(fd, drawn)
-    finally:
-        os.close(fd)
-    os.rename(_NODE_DRAFT, _NODE, src_dir_fd=directory_fd, dst_dir_fd=directory_fd)
-    return drawn
-
-
-def _read_owner(native: _native.Arena) -> _native.Owner:
+def read_owner(native: _native.Arena) -> _native.Owner:
+    """The owner record. ArenaFormatError where there is none or it is damaged."""
     owner = native.owner()
     if owner is None:
         raise _native.ArenaFormatError("it has no owner record")
     return owner
 
 
-def _is_unformatted(fd: int) -> bool:
-    """Nothing was written yet: creation writes the header last."""
-    return not any(os.pread(fd, 512, 0))
-
-
-def _unlink(name: str, directory_fd: int) -> None:
+def remove(name: str, directory_fd: int) -> None:
+    """Remove a file, if it is there."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(name, dir_fd=directory_fd)
 
 
-def _lock_name(name: str) -> str:
+def lock_name(name: str) -> str:
+    """The lock file's name of an arena's name."""
     return name.removesuffix(".arena") + ".lock"

@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from snapshotd import budget, status, wire
-from snapshotd.arena import ArenaFile, Draft, HeldBy, Root
+from snapshotd.arena import ArenaFile, HeldBy
 from snapshotd.clock import Clock
 from snapshotd.config import DaemonConfig
 from snapshotd.door import Connection, Door, Peer
@@ -21,6 +21,7 @@ from snapshotd.generation import Generation
 from snapshotd.generation import views as views_of
 from snapshotd.keeper import Keeper
 from snapshotd.metrics import Metrics, Repeats
+from snapshotd.root import Draft, Root
 from snapshotd.session import ClientSession
 
 if TYPE_CHECKING:

@@ -13,15 +13,18 @@ import os
 from collections.abc import Callable, Iterable
 
 from snapshotd import _native, wire
-from snapshotd.arena import ArenaFile, Damaged, Draft, Free, Granted, HeldBy, Root, slug
+from snapshotd.arena import ArenaFile, Free, Granted, HeldBy, slug
+from snapshotd.claims import Claims, ownership
 from snapshotd.clock import Clock
 from snapshotd.config import DaemonConfig
 from snapshotd.errors import Refused, SnapshotGone
 from snapshotd.faults import crash_point
 from snapshotd.generation import Generation, name, snapshot_in, views
+from snapshotd.inventory import complaints, report, shards
 from snapshotd.ledger import Commit, Progress, superseded
 from snapshotd.liveness import Watch, holder_pid
 from snapshotd.metrics import Metrics, Repeats
+from snapshotd.root import Damaged, Draft, Root
 from snapshotd.wire import ArenaReport, GenerationId, Inventory, Shard, SnapshotId
 
 VERIFY_THREADS = 2
@@ -47,7 +50,7 @@ class Keeper:
         self.files: dict[bytes, ArenaFile] = {}
         self.generations: dict[tuple[str, GenerationId], Generation] = {}
         self.damaged: list[Damaged] = []
-        self.live_sessions: set[int] = set()
+        self.claims = Claims(self.files, self.generations)
         self._loop, self._on_change = loop, on_change
         self._repeats = Repeats(log, clock)
 
@@ -180,80 +183,6 @@ class Keeper:
 
     # --- attaching --------------------------------------------------------------------------------
 
-    def in_the_way(self, job: str, rank: int | None, pid: int, generation: GenerationId | None) -> ArenaFile | None:
-        """An arena of this job (and rank) that a living trainer has, other than the one who asks.
-
-        The same process may come back to its own arena in its own generation (its daemon was restarted), and to any
-        of them once the connection over which it held it has ended (it protects a second run).
-        """
-        for file in self.files.values():
-            holder = file.holder
-            if file.job != job or isinstance(holder, Free) or (rank is not None and file.owner.rank != rank):
-                continue
-            own = holder.pid == pid and pid > 0
-            if own and (file.generation == generation or holder.session not in self.live_sessions):
-                continue
-            return file
-        return None
-
-    def check(self, ask: wire.Attach) -> None:
-        """Refused, with a sentence, if this request cannot be meant or comes too late."""
-        if ask.rank not in ask.local_ranks or ask.rank >= ask.world_size:
-            raise Refused(f"rank {ask.rank} is not among the ranks {ask.local_ranks} of {ask.world_size} that it names")
-        if sorted(ask.local_ranks) != list(range(ask.world_size)):
-            raise Refused(
-                f"job {ask.job!r} has {ask.world_size} ranks and only {len(ask.local_ranks)} of them are on this node; "
-                f"this release protects jobs that run on one node, so this run trains unprotected"
-            )
-        _check_sizes(ask)
-        known = self.generations.get((ask.job, ask.generation))
-        bare = ask.arena is None and not self._of_rank(ask)
-        if ask.restored is not None and bare and (known is None or not known.ever_committed):
-            raise Refused(
-                f"rank {ask.rank} restored {ask.restored} and asks for an arena without it, so the only snapshot would "
-                f"be given up before there is a newer one; ask for the arena that holds it"
-            )
-        if known is None:
-            self._check_not_outdated(ask)
-        elif known.ledger.fenced:
-            raise Refused(
-                f"generation {ask.generation} of job {ask.job!r} is over: a newer one has begun; end this process"
-            )
-        elif (known.world_size, known.every, known.restored) != (ask.world_size, ask.every, ask.restored):
-            raise Refused(
-                f"rank {ask.rank} disagrees with its peers of generation {ask.generation} about world size, `every` or "
-                f"what was restored; give all ranks the same arguments"
-            )
-
-    def _check_not_outdated(self, ask: wire.Attach) -> None:
-        for other in self.of_job(ask.job):
-            if ask.generation.number <= other.identity.number:
-                raise Refused(
-                    f"generation {ask.generation} of job {ask.job!r} is not newer than {other.identity}, which this "
-                    f"node has already; restart the job so that it takes the inventory first"
-                )
-            if other.ledger.fenced:
-                continue
-            if not any(isinstance(file.holder, (HeldBy, Granted)) for file in other.all_files()):
-                other.fence()  # this node was down when the new generation began; nobody trains the old one any more
-                continue
-            raise Refused(
-                f"generation {other.identity} of job {ask.job!r} has not ended for this daemon; take the inventory "
-                f"before attaching (a restart of the job does so)"
-            )
-
-    def own_arena(self, ask: wire.Attach) -> ArenaFile | None:
-        """The arena that this rank has in this generation already, when it comes back for it."""
-        for file in reversed(self._of_rank(ask)):
-            wanted = file.arena_id != ask.replaces and ask.arena in (None, file.arena_id)
-            if wanted and file.slot_bytes >= ask.slot_bytes:
-                return file
-        return None
-
-    def _of_rank(self, ask: wire.Attach) -> list[ArenaFile]:
-        generation = self.generations.get((ask.job, ask.generation))
-        return generation.files.get(ask.rank, []) if generation else []
-
     def inherit(self, ask: wire.Attach, pid: int) -> ArenaFile:
         """Hand an older generation's arena on. Its snapshots stay what they are; everything else begins anew."""
         file = self.files.get(ask.arena or b"")
@@ -266,7 +195,7 @@ class Keeper:
                 f"rank {ask.rank} needs slots of {ask.slot_bytes} bytes and the arena that it asks for has slots of "
                 f"{file.slot_bytes}; ask for a new one"
             )
-        if ask.restored is not None and not any(one.snapshot == ask.restored for one in _shards(file)):
+        if ask.restored is not None and not any(one.snapshot == ask.restored for one in shards(file)):
             raise SnapshotGone(f"the arena that rank {ask.rank} asks for does not hold {ask.restored}; restart the job")
         previous = self.generation_of(file)
         for view in views(file):
@@ -276,7 +205,7 @@ class Keeper:
         crash_point("inherit.before")
         native = file.native
         native.passed, native.next_step, native.committed_step, native.aborted_step = ask.passed, 0, 0, 0
-        file.amend(**self._ownership(ask, pid))
+        file.amend(**ownership(ask, pid, self.clock.wall_s()))
         crash_point("inherit.after")
         self._forget_if_bare(previous)
         self._add(file, self._join(ask))
@@ -298,7 +227,7 @@ class Keeper:
             local_index=ask.local_index,
             slot_bytes=ask.slot_bytes,
             block_bytes=ask.block_bytes,
-            owner=self._ownership(ask, pid),
+            owner=ownership(ask, pid, self.clock.wall_s()),
         )
         file.native.passed = ask.passed
         file.fresh = True
@@ -341,28 +270,6 @@ class Keeper:
 
     def _join(self, ask: wire.Attach) -> Generation:
         return self._generation(ask.job, ask.generation, ask.local_ranks, ask.world_size, ask.every, ask.restored)
-
-    def _ownership(self, ask: wire.Attach, pid: int) -> dict[str, object]:
-        owner: dict[str, object] = {
-            "generation": ask.generation.number,
-            "nonce": ask.generation.nonce,
-            "rank": ask.rank,
-            "world_size": ask.world_size,
-            "local_world": len(ask.local_ranks),
-            "every": ask.every,
-            "pid": pid,
-            "fenced": False,
-            "closed": False,
-            "released_at_s": int(self.clock.wall_s()),
-            "restored_generation": 0,
-            "restored_nonce": bytes(16),
-            "restored_step": 0,
-        }
-        if ask.restored is not None:
-            made_by = ask.restored.generation
-            owner["restored_generation"], owner["restored_nonce"] = made_by.number, made_by.nonce
-            owner["restored_step"] = ask.restored.step
-        return owner
 
     def _add(self, file: ArenaFile, generation: Generation) -> None:
         if file.arena_id not in self.files:
@@ -486,20 +393,20 @@ class Keeper:
 
     def inventory(self, job: str) -> Inventory:
         """What this node holds of a job. Changes nothing."""
-        shards: list[Shard] = []
+        offered: list[Shard] = []
         arenas: list[ArenaReport] = []
         damaged = [wire.clip(one.sentence) for one in self.damaged if one.job == slug(job)]
         for file in self.files.values():
             if file.job == job:
-                arenas.append(_report(file))
-                shards += _shards(file)
-                damaged += _complaints(file)
-        return Inventory(self.root.node, self.label, shards, arenas, damaged)
+                arenas.append(report(file))
+                offered += shards(file)
+                damaged += complaints(file)
+        return Inventory(self.root.node, self.label, offered, arenas, damaged)
 
     def pin(self, ask: wire.OpenShard) -> ArenaFile:
         """Keep a shard as it is while somebody reads it. SnapshotGone if it is not there (any more)."""
         file = self.files.get(ask.arena)
-        offered = _shards(file) if file is not None else []
+        offered = shards(file) if file is not None else []
         if file is None or not any((one.slot, one.snapshot) == (ask.slot, ask.snapshot) for one in offered):
             raise SnapshotGone(f"{ask.snapshot} is not in that slot any more; take the inventory again")
         file.pins[ask.slot] += 1
@@ -526,57 +433,3 @@ class Keeper:
             log.warning(
                 "job %r: the shard of rank %d of %s is set aside: %s", file.job, file.owner.rank, ask.snapshot, ask.why
             )
-
-
-def _check_sizes(ask: wire.Attach) -> None:
-    try:
-        _native.Arena.bytes_needed(2, ask.slot_bytes, ask.block_bytes)
-    except ValueError as error:
-        raise Refused(f"rank {ask.rank} asks for an arena that cannot be: {error}") from None
-    if not ask.slot_bytes:
-        raise Refused(f"rank {ask.rank} asks for slots of no bytes")
-
-
-def _report(file: ArenaFile) -> ArenaReport:
-    return ArenaReport(
-        arena=file.arena_id,
-        rank=file.owner.rank,
-        generation=file.generation,
-        slot_bytes=file.slot_bytes,
-        block_bytes=file.block_bytes,
-        last_commit=file.native.committed_step,
-        ever_committed=file.native.ever_committed,
-        restored=file.restored,
-    )
-
-
-def _shards(file: ArenaFile) -> list[Shard]:
-    found = []
-    for view in views(file):
-        if view.progress >= Progress.FULL and view.snapshot is not None:
-            info = file.native.slot(view.index)
-            found.append(
-                Shard(
-                    snapshot=view.snapshot,
-                    arena=file.arena_id,
-                    slot=view.index,
-                    progress=view.progress.name,
-                    rank=info.rank,
-                    world_size=info.world_size,
-                    fingerprint=info.fingerprint,
-                    file_bytes=info.file_bytes,
-                )
-            )
-    return found
-
-
-def _complaints(file: ArenaFile) -> list[str]:
-    """A sentence for each slot that holds something unusable."""
-    sentences = []
-    for view in views(file):
-        if view.progress is Progress.DAMAGED:
-            known = file.quarantined.get(view.index)
-            why = known[1] if known else "its description fails its checksum"
-            what = view.snapshot or "an unknown snapshot"
-            sentences.append(wire.clip(f"slot {view.index} of rank {file.owner.rank} ({what}) is damaged: {why}"))
-    return sentences

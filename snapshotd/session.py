@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from snapshotd import _native, budget, wire
-from snapshotd.arena import SLOTS, ArenaFile, Draft, Granted, HeldBy
+from snapshotd.arena import SLOTS, ArenaFile, Granted, HeldBy
 from snapshotd.config import DaemonConfig
 from snapshotd.door import Answer, Connection, Peer
 from snapshotd.errors import NoRoom, RankClaimed, Refused
@@ -17,6 +17,7 @@ from snapshotd.faults import crash_point
 from snapshotd.keeper import Keeper
 from snapshotd.liveness import holder_pid
 from snapshotd.metrics import Metrics
+from snapshotd.root import Draft
 
 
 class Host(Protocol):
@@ -50,7 +51,7 @@ class ClientSession:
         self._pins: Counter[tuple[bytes, int]] = Counter()
         self._pinned_files: dict[bytes, ArenaFile] = {}
         self._granted: dict[bytes, ArenaFile] = {}
-        self._keeper.live_sessions.add(number)
+        self._keeper.claims.live_sessions.add(number)
         self._handlers: dict[type[Any], Callable[[Any], Awaitable[Answer]]] = {
             wire.TakeInventory: self._take_inventory,
             wire.Attach: self._attach,
@@ -83,7 +84,7 @@ class ClientSession:
 
     def ended(self) -> None:
         """Let go of what this connection had."""
-        self._keeper.live_sessions.discard(self._number)
+        self._keeper.claims.live_sessions.discard(self._number)
         for (arena, slot), count in self._pins.items():
             for _ in range(count):
                 self._keeper.unpin(self._pinned_files[arena], slot)
@@ -105,10 +106,10 @@ class ClientSession:
         return Answer(wire.InventoryTaken(self._keeper.inventory(ask.job)))
 
     async def _attach(self, ask: wire.Attach) -> Answer:
-        self._keeper.check(ask)
+        self._keeper.claims.check(ask)
         await self._unclaimed(ask.job, ask.rank, ask.generation)
-        self._keeper.check(ask)  # others were served while we waited
-        file = self._keeper.own_arena(ask)
+        self._keeper.claims.check(ask)  # others were served while we waited
+        file = self._keeper.claims.own_arena(ask)
         if file is None:
             file = self._keeper.inherit(ask, self._pid) if ask.arena else await self._create(ask)
         if not isinstance(file.holder, HeldBy):
@@ -130,7 +131,7 @@ class ClientSession:
         self._daemon.drafts[ask.job, ask.rank] = (draft, self._pid)
         try:
             await reserve(draft, ask.numa_node)
-            self._keeper.check(ask)
+            self._keeper.claims.check(ask)
             return self._keeper.install(draft, ask, self._pid)
         except asyncio.CancelledError:
             raise  # the daemon ends while a thread still works on the file: the next daemon removes it
@@ -201,7 +202,7 @@ class ClientSession:
             for (name, taken), (_, pid) in self._daemon.drafts.items():
                 if name == job and rank in (None, taken):
                     return taken, pid
-            file = self._keeper.in_the_way(job, rank, self._pid, generation)
+            file = self._keeper.claims.in_the_way(job, rank, self._pid, generation)
             return (file.owner.rank, getattr(file.holder, "pid", 0)) if file is not None else None
 
         claim = await self._daemon.wait_until_clear(obstacle, lambda: self._connection.over)

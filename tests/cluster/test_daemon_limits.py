@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from snapshotd import wire
-from snapshotd.arena import Root
 from snapshotd.errors import NoRoom
 from snapshotd.listener import ask_over_network
+from snapshotd.root import Root
 from snapshotd.session import reserve
 from tests.cluster.daemons import Node, becomes, node, until
 

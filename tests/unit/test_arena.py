@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from snapshotd import _native, arena
-from snapshotd.arena import ArenaFile, Root, slug
+from snapshotd import root as root_module
+from snapshotd.arena import ArenaFile, slug
 from snapshotd.errors import ConfigError, SnapshotError
+from snapshotd.root import Root
 
 BLOCK = SLOT = 4096
 OWNER: dict[str, Any] = {
@@ -273,14 +275,14 @@ def test_a_root_without_a_parent_is_refused(shm_dir: Path) -> None:
 
 
 def test_the_shared_parent_is_made_like_tmp(shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "SHARED_PARENT", shm_dir / "shared")
+    monkeypatch.setattr(root_module, "SHARED_PARENT", shm_dir / "shared")
     root = Root.open(shm_dir / "shared" / "0")
     root.close()
     assert (shm_dir / "shared").stat().st_mode & 0o7777 == 0o1777
 
 
 def test_a_shared_parent_without_the_sticky_bit_is_refused(shm_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena, "SHARED_PARENT", shm_dir / "shared")
+    monkeypatch.setattr(root_module, "SHARED_PARENT", shm_dir / "shared")
     (shm_dir / "shared").mkdir()
     (shm_dir / "shared").chmod(0o777)
     with pytest.raises(ConfigError, match="cannot hold arenas"):
