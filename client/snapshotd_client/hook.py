@@ -103,7 +103,7 @@ class Guard:
         began_s = self._clock.monotonic_s()
         done = restoring.run(
             self._state, self._peers, self._door, self._inventories, self._clock,
-            newer_than=newer_than, threads=self._threads,
+            newer_than=newer_than, threads=self._restore_threads(),
         )  # fmt: skip
         if done.choice.lost and on_lost == "raise":
             self._start_link()
@@ -135,6 +135,10 @@ class Guard:
         }
         self._start_link()
         return self._step
+
+    def _restore_threads(self) -> int:
+        """Nothing trains during a restore: the cores are shared by this node's ranks alone."""
+        return max(1, min(16, len(os.sched_getaffinity(0)) // len(self._session.local_ranks)))
 
     def _check_restore_arguments(self, newer_than: int | None, on_lost: str) -> None:
         if self._closed:
