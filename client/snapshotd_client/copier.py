@@ -22,6 +22,7 @@ from snapshotd_client.layout import Layout
 
 COPY_MAX_S = 120.0
 LOCK_WAIT_S = 5.0
+RESERVE_MAX_S = 600.0  # memory that a machine never touched before comes at a few hundred MB/s
 _ZEROS = bytes(1 << 20)
 _lock_fds: list[int] = []  # never closed: closing any descriptor of a lock file would let go of its record lock
 
@@ -196,7 +197,7 @@ class Grant:
 
 def claim(door: DoorClient, request: wire.Attach, clock: Clock, pause: Callable[[float], object]) -> Grant:
     """Ask for an arena and hold it by its record lock. Refused, DaemonUnavailable or ProtocolError as the door says."""
-    reply, fds = door.ask(request)
+    reply, fds = door.ask(request, timeout_s=RESERVE_MAX_S)
     if not isinstance(reply, wire.Granted) or len(fds) != 3:
         for fd in fds:
             os.close(fd)
