@@ -67,6 +67,7 @@ class Copier:
         self.stores = self.engine.calibrate()
         self._lock = threading.Lock()
         self._running: _Running | None = None
+        self._closed = False
         self._prepared: dict[int, bytes] = {}
         self._host_lengths: dict[int, int] = {}
         self._views = [arena.slot_view(index) for index in range(arena.slots)]
@@ -162,8 +163,11 @@ class Copier:
             os.close(old)
 
     def close(self) -> None:
-        """Cancel what runs, end the threads, unmap. The record lock stays until the process ends."""
+        """Cancel what runs, end the threads, unmap. The record lock stays until the process ends. Idempotent."""
         with self._lock:
+            if self._closed:
+                return
+            self._closed = True
             running, self._running = self._running, None
             self.engine.close()
             if running is not None:
