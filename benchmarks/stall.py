@@ -150,7 +150,7 @@ class Target:
 def measure_all(here: Bench, rounds: int, quick: bool) -> list[Row]:
     """Every table. What a target asks of snapshotd to the percent gets more blocks than what is ten times slower."""
     ours, rivals = ["no guard", "snapshotd"], [name for name in SAVERS if name not in ("no guard", "snapshotd")]
-    rows = measure(here, SMALL, {name: 3 if quick else 8 for name in ours} | dict.fromkeys(rivals, 2), rounds)
+    rows = measure(here, SMALL, dict.fromkeys(ours, 3 if quick else 8) | dict.fromkeys(rivals, 2), rounds)
     large = dict.fromkeys(ours, 2 if quick else 4) | ({} if quick else dict.fromkeys(rivals, 2))
     rows += measure(here, LARGE, large, rounds)
     return rows + measure(here, MANY, {"snapshotd": 1 if quick else 2}, rounds)
