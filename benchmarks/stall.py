@@ -151,8 +151,9 @@ def measure_all(here: Bench, rounds: int, quick: bool) -> list[Row]:
     """Every table. What a target asks of snapshotd to the percent gets more blocks than what is ten times slower."""
     ours, rivals = ["no guard", "snapshotd"], [name for name in SAVERS if name not in ("no guard", "snapshotd")]
     rows = measure(here, SMALL, dict.fromkeys(ours, 3 if quick else 8) | dict.fromkeys(rivals, 2), rounds)
-    large = dict.fromkeys(ours, 2 if quick else 4) | ({} if quick else dict.fromkeys(rivals, 2))
-    rows += measure(here, LARGE, large, rounds)
+    rows += measure(here, LARGE, dict.fromkeys(ours, 2 if quick else 5), rounds)
+    if not quick:
+        rows += measure(here, LARGE, dict.fromkeys(rivals, 2), 1)
     return rows + measure(here, MANY, {"snapshotd": 1 if quick else 2}, rounds)
 
 
