@@ -202,12 +202,11 @@ class Stage:
         self._count += 1
         by_rank: dict[int, dict[str, Any]] = changes.pop("by_rank", {})
         rendezvous = str(self.folder / f"rendezvous-{self._count}")
-        return [
-            self.start(
-                recipe, rank=rank, world_size=world_size, rendezvous=rendezvous, **{**changes, **by_rank.get(rank, {})}
-            )
-            for rank in range(world_size)
-        ]
+        group = []
+        for rank in range(world_size):
+            own = {"recipe": recipe, **changes, **by_rank.get(rank, {})}
+            group.append(self.start(own.pop("recipe"), rank=rank, world_size=world_size, rendezvous=rendezvous, **own))
+        return group
 
     def close(self) -> None:
         for trainer in self.trainers:

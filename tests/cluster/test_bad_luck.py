@@ -208,6 +208,20 @@ def test_a_rank_that_differs_from_its_peers_is_named_on_every_rank(shm_dir: Path
             assert error["kind"] == "ConfigError" and "every" in error["message"] and "rank 1" in error["message"]
 
 
+def test_one_rank_with_another_model_stops_every_rank_before_any_weight_is_touched(
+    shm_dir: Path, tmp_path: Path
+) -> None:
+    with stage(shm_dir, tmp_path) as scene:
+        before = scene.start_group("adamw", 2, steps=STEPS, die="after_commit", die_step=5)
+        assert [one.join() for one in before] == [-9, -9]
+        for one in scene.start_group("adamw", 2, steps=STEPS, by_rank={1: {"recipe": "late_expert"}}):
+            error = error_of(one)
+            assert error["kind"] == "LayoutChanged" and "on rank 1" in error["message"]
+        again = scene.start_group("adamw", 2, steps=STEPS)
+        assert [one.join() for one in again] == [0, 0], again[0].events("error")
+        assert again[0].events("restored")[0]["step"] >= newest_commit(*before) > 0
+
+
 def test_one_of_several_ranks_killed_alone_brings_the_group_back_together(shm_dir: Path, tmp_path: Path) -> None:
     with stage(shm_dir, tmp_path) as scene:
         group = scene.start_group("fsdp", 2, steps=STEPS, by_rank={1: {"die": "after_commit", "die_step": 6}})
