@@ -100,6 +100,8 @@ class Bench:
 
 @contextlib.contextmanager
 def bench() -> Iterator[Bench]:
+    """A bench that is cleared in the end, also where `timeout` or a job's scheduler ends us by SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     one = Bench()
     try:
         one.wait_for_daemon()
