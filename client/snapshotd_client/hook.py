@@ -362,7 +362,9 @@ class Guard:
         copier = link.copier
         if copier is None:
             return None
-        self._note(copier, copier.settle(max(0.0, deadline_s - self._clock.monotonic_s())))
+        if not copier.engine.wait(max(0.0, deadline_s - self._clock.monotonic_s())):
+            return copier.arena.committed_step or None  # patience is over, the copy is not: it goes on by itself
+        self._note(copier, copier.settle())
         while not self._decided(copier):
             seen, left_s = copier.arena.changes(), deadline_s - self._clock.monotonic_s()
             if left_s <= 0 or self._decided(copier):

@@ -6,6 +6,7 @@ import copy
 import os
 import pickle
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,3 +220,15 @@ def test_a_forked_child_has_no_part_in_its_parents_snapshots(loop: Loop, guard: 
 def test_a_tensor_on_another_device_is_refused_with_its_name(loop: Loop) -> None:
     with pytest.raises(ConfigError, match=r"weight is on meta.*disk checkpoints"):
         snapshotd_client.protect(loop.model.to("meta"), loop.optimizer, job="test")
+
+
+def test_an_impatient_flush_leaves_a_long_copy_alone(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settle(*_: Any) -> None:
+        raise AssertionError("settling a copy that still runs would give it up")
+
+    arena = SimpleNamespace(committed_step=7)
+    copier = SimpleNamespace(engine=SimpleNamespace(wait=lambda _: False), settle=settle, arena=arena)
+    link = SimpleNamespace(trouble="", waiting=lambda: False, copier=copier)
+    with monkeypatch.context() as patched:
+        patched.setattr(guard, "_link", link)
+        assert guard.flush(0.0) == 7
