@@ -1,11 +1,11 @@
-"""Types of the native module (csrc/native): shared memory, the copy engine and checksums.
+"""Types of the native module (csrc/native): shared memory, the copy engine, the erasure code, checksums.
 
 Everything here deals in bytes and lengths. No call holds the GIL while bytes move, and none
 allocates once a `Plan` exists. Buffers are anything with the buffer protocol.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol, final
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol, final
 
 from typing_extensions import Buffer
 
@@ -34,6 +34,10 @@ class ArenaFormatError(ValueError):
 
 # --- checksums -----------------------------------------------------------------------------------
 
+def prefault(buffer: _Bytes) -> None:
+    """Have the kernel map the pages of a buffer that is about to be written, all at once: a fault for each costs
+    several times as much. Kernels before 5.14 do nothing here. Holds no GIL."""
+
 def crc32c(data: _Bytes, value: int = 0) -> int:
     """CRC32C (Castagnoli, RFC 3720 B.4) of `data`, continued from `value`."""
 
@@ -42,6 +46,161 @@ def crc32c_tiers() -> list[str]:
 
 def crc32c_with(tier: str, data: _Bytes, value: int = 0) -> int:
     """`crc32c` by the named tier (`table` is the oracle). ValueError where this machine cannot run it."""
+
+# --- the erasure code ----------------------------------------------------------------------------
+#
+# Systematic and MDS over GF(2^8) with the polynomial 0x11D, for k >= 1, m >= 0, k + m <= 255. Symbols are numbered:
+# 0 .. k-1 are data, k .. k+m-1 parity rows. Row 0 is plain XOR, every row of k = 1 is a replica, and a coefficient
+# depends on its layout, row and column only.
+#
+# A layout says how bytes are read as elements of the field: `planes` (superblocks of 512 bytes in eight planes of bits;
+# what lies behind a symbol's last whole one is read as bytes) or `bytes`. A code has one of its own, `ec_layout`; where
+# a call takes `layout`, None means that one. docs/codec.md defines both.
+#
+# No output may overlap anything else that a call is given, and memory of a device is refused: ValueError, TypeError.
+# Calls with `_with` at their end do the same by the named tier; ValueError where this machine cannot run it.
+
+def ec_tiers() -> list[str]:
+    """Names of the implementations that this machine can run, the one in use first; `base` is the oracle.
+
+    The environment variable SNAPSHOTD_TIER, read when the module is imported, puts one in use (ImportError where this
+    machine cannot run it); else it is the fastest."""
+
+def ec_entry_points() -> dict[str, int]:
+    """Addresses of C functions for callers without Python between two calls (benchmarks): csrc/native/entry.hpp."""
+
+def ec_layout(k: int, m: int) -> Literal["planes", "bytes"]:
+    """The layout of a code: `planes` for m <= 3, and m = 4 with k <= 21. ValueError where there is no such code."""
+
+def ec_coefficients(k: int, m: int, layout: str | None = None) -> list[list[int]]:
+    """m rows of k: what each parity row takes of each data symbol. ValueError where there is no such code."""
+
+def ec_recovery(k: int, m: int, have: Sequence[int], want: Sequence[int], layout: str | None = None) -> list[list[int]]:
+    """For each wanted symbol its k coefficients over the symbols in `have`, in that order.
+
+    `have` are exactly k symbols; a wanted one may be among them. ValueError, with the values, for another count and
+    for symbols that do not exist or are repeated."""
+
+def ec_gather(
+    dst: _Bytes,
+    sources: Sequence[tuple[int | _Bytes, int, int, _Bytes, int]],
+    staging: _Bytes,
+    *,
+    layout: str,
+    timeout_s: float,
+) -> tuple[int, int, int] | None:
+    """`dst` = the sum of coefficient * source, received part by part and added up in a core's cache.
+
+    A source is (connected socket, or bytes that have come already; coefficient; length; CRC32C words, little-endian;
+    the bytes of a block). It has at most the length of `dst`, and zeros behind its own. `staging` takes a part of each,
+    best half of an L2 cache, in planes 512 bytes a source at least; blocks are whole superblocks there.
+    None where all is well. Else the first source that failed, which of its blocks differs from its checksum or -1, and
+    the errno of its socket (EAGAIN: its own timeout, or all of it takes longer than `timeout_s`), where both -1 and 0
+    mean that the other side ended; then `dst` is to be made again and no socket is in step any more. Holds no GIL.
+    ValueError for what makes no sense.
+    """
+
+def ec_accumulate(
+    dst: _Bytes | Sequence[_Bytes],
+    src: _Bytes,
+    coefficient: int | Sequence[int],
+    *,
+    first: bool = False,
+    crcs: _Bytes = b"",
+    block_bytes: int = 0,
+    layout: str = "bytes",
+    dst_crcs: _Bytes | Sequence[_Bytes] | None = None,
+) -> int:
+    """`dst = coefficient * src` where `first`, else `dst ^= coefficient * src`, in one pass over the bytes. Several
+    `dst` of one length with as many coefficients are several parity rows. Holds no GIL, allocates nothing for bytes.
+
+    `src` may be shorter: what it lacks is zero, so a `first` call zeroes the rest of `dst` and others leave it. In
+    `planes` both begin at a superblock, and `dst` reaches to the end of the one in which `src` ends, unless that is the
+    symbol's last and not whole. With `crcs` (little-endian CRC32C words of src's blocks of `block_bytes`, the last of
+    which may be short) each block is checked: the answer is the index of the first bad one, and `dst` is what it was,
+    or where `first` nothing of use; else -1. `dst_crcs` are the CRC32C words of dst's blocks: given as they
+    are, unless `first`, and brought up to date with the sum; after a bad block they hold nothing of use.
+    ValueError for a `src` longer than `dst`, another number of checksums, a coefficient beyond 255."""
+
+def ec_accumulate_with(
+    tier: str,
+    dst: _Bytes | Sequence[_Bytes],
+    src: _Bytes,
+    coefficient: int | Sequence[int],
+    *,
+    first: bool = False,
+    crcs: _Bytes = b"",
+    block_bytes: int = 0,
+    layout: str = "bytes",
+    dst_crcs: _Bytes | Sequence[_Bytes] | None = None,
+) -> int: ...
+def ec_check(data: _Bytes, crcs: _Bytes, block_bytes: int) -> int:
+    """Index of the first block of `data` that differs from its checksum (as in `ec_accumulate`), else -1."""
+
+def ec_crcs(data: _Bytes, block_bytes: int) -> bytes:
+    """CRC32C words of the blocks of `data`, little-endian; the last block may be short. Holds no GIL."""
+
+def ec_encode(data: Sequence[_Bytes], parity: Sequence[_Bytes], threads: int = 1, layout: str | None = None) -> None:
+    """Compute the parity rows of `data`; k and m are the counts. Holds no GIL.
+
+    ValueError for lengths that differ or are 0, BufferError for parity that cannot be written."""
+
+def ec_encode_with(
+    tier: str, data: Sequence[_Bytes], parity: Sequence[_Bytes], threads: int = 1, layout: str | None = None
+) -> None: ...
+def ec_encode_copying(
+    data: Sequence[_Bytes],
+    parity: Sequence[_Bytes],
+    threads: int = 1,
+    layout: str | None = None,
+    *,
+    block_bytes: int,
+    copies: Sequence[_Bytes] | None = None,
+    data_crcs: Sequence[_Bytes] | None = None,
+    parity_crcs: Sequence[_Bytes] | None = None,
+    stores: str = "temporal",
+) -> None:
+    """`ec_encode` and, in the same pass over the bytes, what is given room for: a copy of each data symbol, the CRC32C
+    words of the blocks of each data symbol and of each parity row. Holds no GIL.
+
+    Blocks are whole superblocks. `stores` are those of the copies, `temporal` or `non-temporal`. ValueError and
+    BufferError as in `ec_encode`, and for room of another length."""
+
+def ec_encode_copying_with(
+    tier: str,
+    data: Sequence[_Bytes],
+    parity: Sequence[_Bytes],
+    threads: int = 1,
+    layout: str | None = None,
+    *,
+    block_bytes: int,
+    copies: Sequence[_Bytes] | None = None,
+    data_crcs: Sequence[_Bytes] | None = None,
+    parity_crcs: Sequence[_Bytes] | None = None,
+    stores: str = "temporal",
+) -> None: ...
+def ec_decode(
+    k: int,
+    m: int,
+    have: Mapping[int, _Bytes],
+    want: Mapping[int, _Bytes],
+    threads: int = 1,
+    layout: str | None = None,
+) -> None:
+    """Fill the wanted symbols, data and parity alike, from those in `have`, which are only read. Holds no GIL.
+
+    More than k may be given; the k lowest are used. ValueError for fewer, for symbols that do not exist or are both
+    given and wanted, for lengths that differ or are 0; BufferError for a wanted buffer that cannot be written."""
+
+def ec_decode_with(
+    tier: str,
+    k: int,
+    m: int,
+    have: Mapping[int, _Bytes],
+    want: Mapping[int, _Bytes],
+    threads: int = 1,
+    layout: str | None = None,
+) -> None: ...
 
 # --- crash points (tests and drills) -------------------------------------------------------------
 
@@ -194,9 +353,20 @@ class Arena:
         """The slot's bytes, writable as the mapping is. The view keeps the mapping alive."""
     def slot_offset(self, index: int) -> int:
         """Offset of the slot's first byte in the file (a multiple of 4096)."""
-    def set_block_crcs(self, index: int, file_bytes: int) -> None:
-        """Compute and store the CRC32C of every block of a slot that was filled by other means."""
+    @property
+    def address(self) -> int:
+        """Where this process has the file mapped, for a device that copies into it by itself; the mapping must stay."""
+    def crcs_offset(self, index: int) -> int:
+        """Offset of the slot's table of CRC32C words in the file."""
+    def set_block_crcs(self, index: int, file_bytes: int) -> bytes:
+        """Compute and store the CRC32C of every block of a slot that was filled by other means. Returns these words."""
+    def put_block_crcs(self, index: int, file_bytes: int, words: bytes) -> None:
+        """Store the CRC32C words (little-endian, 4 bytes a block) of a slot whose blocks the caller compared with them.
+        ValueError unless they are as many as a file of that length has blocks."""
     def block_crcs(self, index: int) -> list[int]: ...
+    def crc_words(self, index: int, first: int = 0, count: int | None = None) -> bytes:
+        """CRC32C of `count` blocks of the file from block `first` on (default: all), as little-endian 32-bit words.
+        ValueError for blocks beyond the file, ArenaFormatError where its length is damaged."""
     def verify(self, index: int, threads: int = 1) -> list[int]:
         """Indices of the blocks whose bytes differ from their CRC32C, of the `file_bytes` published. Holds no GIL.
         ArenaFormatError where that length itself is damaged (the slot is not `sound` then)."""
@@ -244,6 +414,8 @@ class Engine:
         bytes (an eventfd's increment) to `notify_fd` where >= 0; after `wait` it is not touched any more.
         RuntimeError while a copy is running or once closed; ValueError for a slot that is not FILLING, a plan larger
         than it, or a tensor that lies in the arena."""
+    def copy_now(self, plan: Plan, index: int) -> None:
+        """Copy the `now` items and nothing else: no thread starts, nothing is checksummed. Errors as in `begin`."""
     def running(self) -> bool: ...
     def wait(self, timeout_s: float) -> bool:
         """True once the copy is over (or none is running); False after `timeout_s`. Holds no GIL."""
@@ -255,9 +427,17 @@ class Engine:
         """Cancel, then end the threads. Idempotent."""
 
 def scatter(
-    view: _Bytes, items: Sequence[tuple[int, int, int, tuple[int, ...], tuple[int, ...]]], threads: int = 1
+    view: _Bytes,
+    items: Sequence[tuple[int, int, int, tuple[int, ...], tuple[int, ...]]],
+    threads: int = 1,
+    *,
+    origin: int = 0,
+    file_bytes: int | None = None,
 ) -> None:
-    """The way back: copy from a slot into tensors. Items as in `Plan`, pointers are destinations. Holds no GIL."""
+    """The way back: copy from a slot into tensors. Items as in `Plan`, pointers are destinations. Holds no GIL.
+
+    `view` may be a window, the bytes from `origin` on of a file of `file_bytes`: of each item the part in it is
+    copied. ValueError for a window beyond the file."""
 
 def copy(dst: _Bytes | Sequence[_Bytes], src: _Bytes | Sequence[_Bytes], threads: int = 1) -> None:
     """A plain multi-threaded memcpy (benchmarks), of one buffer or of each of many to its own. ValueError for unequal

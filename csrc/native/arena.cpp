@@ -304,15 +304,31 @@ std::vector<uint32_t> Arena::block_crcs(uint32_t index) const {
     return crcs;
 }
 
-void Arena::set_block_crcs(const Mapping& map, uint32_t index, uint64_t file_bytes) const {
+std::vector<uint32_t> Arena::set_block_crcs(const Mapping& map, uint32_t index, uint64_t file_bytes) const {
     check_index(index);
     check_file_bytes(file_bytes);
     Word32* table = crc_table(map, index);
     const byte* data = slot_bytes_at(map, index);
-    for (uint64_t block = 0; block < geometry_.blocks_in_file(file_bytes); ++block) {
+    std::vector<uint32_t> made(geometry_.blocks_in_file(file_bytes));
+    for (uint64_t block = 0; block < made.size(); ++block) {
         uint64_t at = block * geometry_.block_bytes;
-        table[block].store(crc32c(0, data + at, block_length(geometry_, block, file_bytes)), std::memory_order_relaxed);
+        made[block] = crc32c(0, data + at, block_length(geometry_, block, file_bytes));
+        table[block].store(made[block], std::memory_order_relaxed);
     }
+    return made;
+}
+
+void Arena::put_block_crcs(const Mapping& map, uint32_t index, uint64_t file_bytes,
+                           const std::vector<uint32_t>& crcs) const {
+    check_index(index);
+    check_file_bytes(file_bytes);
+    if (crcs.size() != geometry_.blocks_in_file(file_bytes)) {
+        throw std::invalid_argument("a file of " + std::to_string(file_bytes) + " bytes has " +
+                                    std::to_string(geometry_.blocks_in_file(file_bytes)) + " checksums here, not " +
+                                    std::to_string(crcs.size()));
+    }
+    Word32* table = crc_table(map, index);
+    for (size_t block = 0; block < crcs.size(); ++block) table[block].store(crcs[block], std::memory_order_relaxed);
 }
 
 std::vector<uint64_t> Arena::verify(const Mapping& map, uint32_t index, int threads) const {

@@ -83,7 +83,9 @@ class Arena {
     bool take(uint32_t index);  // EMPTY -> FILLING without a name; publish() refuses such a slot
 
     std::vector<uint32_t> block_crcs(uint32_t index) const;
-    void set_block_crcs(const Mapping& map, uint32_t index, uint64_t file_bytes) const;
+    std::vector<uint32_t> set_block_crcs(const Mapping& map, uint32_t index, uint64_t file_bytes) const;
+    void put_block_crcs(const Mapping& map, uint32_t index, uint64_t file_bytes,
+                        const std::vector<uint32_t>& crcs) const;
     std::vector<uint64_t> verify(const Mapping& map, uint32_t index, int threads) const;
 
   private:

@@ -2,6 +2,7 @@
 
 #include "arena.hpp"
 #include "bindings.hpp"
+#include "reserve.hpp"
 
 namespace snapshotd {
 
@@ -67,6 +68,30 @@ py::object slot_view(const Arena& arena, uint32_t index) {
     PyObject* view = PyMemoryView_FromObject(exporter.ptr());
     if (view == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(view);
+}
+
+py::bytes to_words(const std::vector<uint32_t>& crcs, uint64_t first, uint64_t count) {
+    return {reinterpret_cast<const char*>(crcs.data() + first), count * sizeof(uint32_t)};
+}
+
+py::bytes crc_words(const Arena& arena, uint32_t index, py::handle first_given, py::handle count_given) {
+    std::vector<uint32_t> crcs = arena.block_crcs(index);
+    uint64_t first = to_unsigned(first_given, "first");
+    if (first > crcs.size())
+        throw std::invalid_argument("the file has only " + std::to_string(crcs.size()) + " blocks");
+    uint64_t count = count_given.is_none() ? crcs.size() - first : to_unsigned(count_given, "count");
+    if (count > crcs.size() - first) {
+        throw std::invalid_argument("the file has only " + std::to_string(crcs.size()) + " blocks");
+    }
+    return to_words(crcs, first, count);
+}
+
+void put_block_crcs(const Arena& arena, uint32_t index, uint64_t file_bytes, py::handle words_given) {
+    Bytes words(words_given);
+    if (words.size() % sizeof(uint32_t) != 0) throw std::invalid_argument("words must have 4 bytes for each block");
+    std::vector<uint32_t> crcs(words.size() / sizeof(uint32_t));
+    std::memcpy(crcs.data(), words.data(), words.size());
+    arena.put_block_crcs(*arena.mapped_for_writing(), index, file_bytes, crcs);
 }
 
 // A property over one of the header's words.
@@ -221,15 +246,29 @@ void bind_arena(py::module_& m) {
         .def("slot_view", slot_view, "index"_a)
         .def(
             "slot_offset", [](const Arena& a, uint32_t index) { return a.slot_offset(index); }, "index"_a)
+        .def_property_readonly("address", [](const Arena& a) { return reinterpret_cast<uint64_t>(a.mapped()->base); })
+        .def(
+            "crcs_offset",
+            [](const Arena& a, uint32_t index) {
+                std::shared_ptr<Mapping> map = a.mapped();
+                return reinterpret_cast<const byte*>(a.crc_table(*map, index)) - map->base;
+            },
+            "index"_a)
         .def(
             "set_block_crcs",
             [](const Arena& a, uint32_t index, uint64_t file_bytes) {
                 std::shared_ptr<Mapping> map = a.mapped_for_writing();
-                NoGil release;
-                a.set_block_crcs(*map, index, file_bytes);
+                std::vector<uint32_t> made;
+                {
+                    NoGil release;
+                    made = a.set_block_crcs(*map, index, file_bytes);
+                }
+                return to_words(made, 0, made.size());
             },
             "index"_a, "file_bytes"_a)
+        .def("put_block_crcs", put_block_crcs, "index"_a, "file_bytes"_a, "words"_a)
         .def("block_crcs", &Arena::block_crcs, "index"_a)
+        .def("crc_words", crc_words, "index"_a, "first"_a = 0, "count"_a = py::none())
         .def(
             "verify",
             [](const Arena& a, uint32_t index, int threads) {
@@ -239,6 +278,14 @@ void bind_arena(py::module_& m) {
             },
             "index"_a, "threads"_a = 1)
         .def("close", &Arena::close);
+    m.def(
+        "prefault",
+        [](py::handle buffer) {
+            Bytes bytes(buffer, true);
+            NoGil release;
+            prefault(bytes.data(), bytes.size());
+        },
+        "buffer"_a);
 }
 
 }  // namespace snapshotd

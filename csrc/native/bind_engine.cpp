@@ -72,6 +72,13 @@ void bind_engine(py::module_& m) {
                 engine.begin(std::move(plan), index, notify_fd);
             },
             "plan"_a, "index"_a, "notify_fd"_a = -1)
+        .def(
+            "copy_now",
+            [](const Engine& engine, std::shared_ptr<Plan> plan, uint32_t index) {
+                NoGil release;
+                engine.copy_now(*plan, index);
+            },
+            "plan"_a, "index"_a)
         .def("running", &Engine::running)
         .def("wait", wait_copy, "timeout_s"_a)
         .def("cancel", &Engine::cancel, py::call_guard<NoGil>())
@@ -80,13 +87,19 @@ void bind_engine(py::module_& m) {
 
     m.def(
         "scatter",
-        [](py::handle view, py::handle items, int threads) {
-            Bytes slot(view);
-            ItemTable table("scatter", to_items(items, "scatter"), slot.size());
+        [](py::handle view, py::handle items, int threads, py::handle origin_given, py::handle file_bytes_given) {
+            Bytes window(view);
+            uint64_t origin = to_unsigned(origin_given, "origin");
+            uint64_t file_bytes =
+                file_bytes_given.is_none() ? window.size() : to_unsigned(file_bytes_given, "file_bytes");
+            if (origin > file_bytes || window.size() > file_bytes - origin) {
+                throw std::invalid_argument("the window reaches beyond file_bytes");
+            }
+            ItemTable table("scatter", to_items(items, "scatter"), file_bytes);
             NoGil release;
-            scatter(slot.data(), slot.size(), table, threads);
+            scatter(window.data(), origin, window.size(), table, threads);
         },
-        "view"_a, "items"_a, "threads"_a = 1);
+        "view"_a, "items"_a, "threads"_a = 1, py::kw_only(), "origin"_a = 0, "file_bytes"_a = py::none());
     m.def("copy", copy, "dst"_a, "src"_a, "threads"_a = 1);
 }
 

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "buffers.hpp"
+#include "erasure.hpp"
 #include "futex.hpp"
 
 namespace snapshotd {
@@ -15,6 +16,17 @@ using NoGil = py::gil_scoped_release;
 
 void bind_arena(py::module_& m);
 void bind_engine(py::module_& m);
+void bind_erasure(py::module_& m);
+void bind_pull(py::module_& m);
+
+// Whether two buffers share a byte.
+bool overlap(const Bytes& one, const Bytes& other);
+
+// The checksums of so many bytes, one for each block. ValueError unless they are that.
+BlockCrcs to_crcs(const Bytes& crcs, py::handle block_bytes, uint64_t data_bytes);
+
+// ValueError for a layout that is none.
+Layout to_layout(const std::string& name);
 
 // Waits without the GIL, but not deaf to signals: `wait_once` says what ended it.
 template <typename WaitOnce>

@@ -140,15 +140,16 @@ void move_strided(const Item& item, const Dimension* dims, uint64_t from, uint64
 constexpr uint64_t kChunk = 1u << 20;
 constexpr uint64_t kTooLargeForCaches = 8u << 20;
 
-void scatter_chunk(const byte* slot, uint64_t begin, uint64_t end, const ItemTable& table, Stores stores) {
+void scatter_chunk(const byte* window, uint64_t origin, uint64_t begin, uint64_t end, const ItemTable& table,
+                   Stores stores) {
     const std::vector<Item>& items = table.items();
     for (size_t i = table.first_after(begin); i < items.size() && items[i].offset < end; ++i) {
         const Item& item = items[i];
         uint64_t from = std::max(begin, item.offset), to = std::min(end, item.end());
         if (item.dimensions == 0) {
-            copy_dense(item.pointer + (from - item.offset), slot + from, to - from, stores);
+            copy_dense(item.pointer + (from - item.offset), window + (from - origin), to - from, stores);
         } else {
-            table.copy_in(item, from - item.offset, to - from, slot + from);
+            table.copy_in(item, from - item.offset, to - from, window + (from - origin));
         }
     }
 }
@@ -186,11 +187,12 @@ void ItemTable::copy_in(const Item& item, uint64_t from, size_t bytes, const byt
     }
 }
 
-void scatter(const byte* slot, uint64_t slot_bytes, const ItemTable& items, int threads) {
-    items.refuse_overlap_with(slot, slot_bytes);
+void scatter(const byte* window, uint64_t origin, uint64_t bytes, const ItemTable& items, int threads) {
+    items.refuse_overlap_with(window, bytes);
     const Stores stores = items.bytes() < kTooLargeForCaches ? Stores::temporal : Stores::non_temporal;
-    parallel_for(threads, (slot_bytes + kChunk - 1) / kChunk, [&](uint64_t chunk) {
-        scatter_chunk(slot, chunk * kChunk, std::min(slot_bytes, (chunk + 1) * kChunk), items, stores);
+    parallel_for(threads, (bytes + kChunk - 1) / kChunk, [&](uint64_t chunk) {
+        scatter_chunk(window, origin, origin + chunk * kChunk, origin + std::min(bytes, (chunk + 1) * kChunk), items,
+                      stores);
         store_fence();
     });
 }

@@ -22,8 +22,8 @@ void copy_dense(byte* to, const byte* from, size_t bytes, Stores stores) noexcep
 // Orders non-temporal stores of this thread before whatever it stores next.
 void store_fence() noexcept;
 
-// Copies from a slot's bytes into the items' memory.
-void scatter(const byte* slot, uint64_t slot_bytes, const ItemTable& items, int threads);
+// Copies into the items' memory what they hold of a window: the bytes [origin, origin + bytes) of a slot.
+void scatter(const byte* window, uint64_t origin, uint64_t bytes, const ItemTable& items, int threads);
 
 // A plain memcpy by several threads, the yardstick of the benchmarks: one call of memcpy for each piece.
 struct Piece {

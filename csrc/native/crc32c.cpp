@@ -59,6 +59,26 @@ bool always() {
     return true;
 }
 
+// Product of two polynomials, modulo the CRC's.
+constexpr uint32_t product(uint32_t a, uint32_t b) {
+    uint32_t sum = 0;
+    for (; a != 0; a <<= 1) {
+        if (a & 0x80000000) sum ^= b;
+        b = times_x(b);
+    }
+    return sum;
+}
+
+// x^8, x^16, x^32 ...: what a number of zero bytes multiplies by, for each bit of the number.
+constexpr std::array<uint32_t, 64> make_zeros() {
+    std::array<uint32_t, 64> made{};
+    made[0] = 0x00800000;
+    for (size_t i = 1; i < made.size(); ++i) made[i] = product(made[i - 1], made[i - 1]);
+    return made;
+}
+
+constexpr std::array<uint32_t, 64> kZeros = make_zeros();
+
 #if defined(__x86_64__)
 
 constexpr uint32_t x_to_the(unsigned power) {
@@ -150,6 +170,15 @@ inline void prefetch_lines(const unsigned char* p) {
     for (size_t at = 0; at < 256; at += 64) _mm_prefetch(reinterpret_cast<const char*>(p + at), _MM_HINT_T0);
 }
 
+// The register after the 64 bytes of `a`, with an empty one before them.
+SNAPSHOTD_VPCLMUL inline uint32_t reduce(__m512i a) {
+    alignas(64) __m128i lanes[4];
+    _mm512_store_si512(lanes, a);
+    __m128i lane = fold_lane<128>(fold_lane<128>(fold_lane<128>(lanes[0], lanes[1]), lanes[2]), lanes[3]);
+    uint64_t wide = _mm_crc32_u64(0, static_cast<uint64_t>(_mm_extract_epi64(lane, 0)));
+    return static_cast<uint32_t>(_mm_crc32_u64(wide, static_cast<uint64_t>(_mm_extract_epi64(lane, 1))));
+}
+
 SNAPSHOTD_VPCLMUL uint32_t extend_vpclmul(uint32_t state, const void* data, size_t bytes) {
     auto* p = static_cast<const unsigned char*>(data);
     if (bytes < 512) return extend_sse42(state, data, bytes);
@@ -165,19 +194,69 @@ SNAPSHOTD_VPCLMUL uint32_t extend_vpclmul(uint32_t state, const void* data, size
     }
     a = fold<512>(fold<512>(fold<512>(a, b), c), d);
     for (; bytes >= 64; p += 64, bytes -= 64) a = fold<512>(a, _mm512_loadu_si512(p));
-    alignas(64) __m128i lanes[4];
-    _mm512_store_si512(lanes, a);
-    __m128i lane = fold_lane<128>(fold_lane<128>(fold_lane<128>(lanes[0], lanes[1]), lanes[2]), lanes[3]);
-    // What is left of the message so far is these 16 bytes, with an empty register before them.
-    uint64_t wide = _mm_crc32_u64(0, static_cast<uint64_t>(_mm_extract_epi64(lane, 0)));
-    wide = _mm_crc32_u64(wide, static_cast<uint64_t>(_mm_extract_epi64(lane, 1)));
-    return extend_words(static_cast<uint32_t>(wide), p, bytes);
+    return extend_words(reduce(a), p, bytes);  // what is left of the message so far is in `a`
+}
+
+// --- in planes: a register of 64 bytes for each, folded over a whole superblock
+
+constexpr unsigned kSuperblock = 512;
+
+enum class Copying { no, temporal, non_temporal };
+
+template <Copying copying>
+SNAPSHOTD_VPCLMUL inline void fold_planes(unsigned char* state, const unsigned char* from, unsigned char* to,
+                                          size_t bytes) {
+    __m512i a[8];
+#pragma GCC unroll 8
+    for (unsigned p = 0; p < 8; ++p) a[p] = _mm512_loadu_si512(state + 64 * p);
+    for (size_t at = 0; at < bytes; at += kSuperblock) {
+#pragma GCC unroll 8
+        for (unsigned p = 0; p < 8; ++p) {
+            const __m512i data = _mm512_loadu_si512(from + at + 64 * p);
+            if constexpr (copying == Copying::no) {
+                _mm_prefetch(reinterpret_cast<const char*>(from + at + 64 * p + kAhead), _MM_HINT_T0);
+            } else {  // of many symbols in turn: into L2, nearer, or the L1 cache overflows
+                _mm_prefetch(reinterpret_cast<const char*>(from + at + 64 * p + kAhead / 2), _MM_HINT_T1);
+            }
+            if constexpr (copying == Copying::temporal) {
+                __builtin_prefetch(to + at + 64 * p + kSuperblock, 1);
+                _mm512_storeu_si512(to + at + 64 * p, data);
+            }
+            if constexpr (copying == Copying::non_temporal) {
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at + 64 * p), data);
+            }
+            a[p] = fold<8 * kSuperblock>(a[p], data);
+        }
+    }
+#pragma GCC unroll 8
+    for (unsigned p = 0; p < 8; ++p) _mm512_storeu_si512(state + 64 * p, a[p]);
+}
+
+SNAPSHOTD_VPCLMUL void fold_only(unsigned char* state, const unsigned char* data, size_t bytes) {
+    fold_planes<Copying::no>(state, data, nullptr, bytes);
+}
+
+SNAPSHOTD_VPCLMUL void fold_copying(unsigned char* state, const unsigned char* from, unsigned char* to, size_t bytes,
+                                    bool non_temporal) {
+    if (non_temporal && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+        fold_planes<Copying::non_temporal>(state, from, to, bytes);
+    } else {
+        fold_planes<Copying::temporal>(state, from, to, bytes);
+    }
+}
+
+SNAPSHOTD_VPCLMUL uint32_t finish_planes(const unsigned char* state) {
+    __m512i a = _mm512_loadu_si512(state);
+    for (unsigned p = 1; p < 8; ++p) a = fold<512>(a, _mm512_loadu_si512(state + 64 * p));
+    return reduce(a);
 }
 
 bool supports_vpclmul() {
     return supports_sse42() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("vpclmulqdq");
 }
+
+constexpr PlaneCrcTier kPlaneCrc = {supports_vpclmul, fold_only, fold_copying, finish_planes};
 
 #elif defined(__aarch64__) && defined(__linux__)
 
@@ -221,6 +300,22 @@ std::vector<CrcTier> supported_tiers() {
 const std::vector<CrcTier>& crc_tiers() {
     static const std::vector<CrcTier> tiers = supported_tiers();
     return tiers;
+}
+
+uint32_t crc32c_after_zeros(uint32_t value, uint64_t bytes) noexcept {
+    for (size_t bit = 0; bytes != 0; bytes >>= 1, ++bit) {
+        if (bytes & 1) value = product(kZeros[bit], value);
+    }
+    return value;
+}
+
+const PlaneCrcTier* plane_crc() noexcept {
+#if defined(__x86_64__)
+    static const PlaneCrcTier* const found = kPlaneCrc.supported() ? &kPlaneCrc : nullptr;
+    return found;
+#else
+    return nullptr;
+#endif
 }
 
 uint32_t (*crc_extend)(uint32_t, const void*, size_t) = crc_tiers().front().extend;

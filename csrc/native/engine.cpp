@@ -33,6 +33,10 @@ uint32_t copy_and_extend(byte* to, const byte* from, size_t bytes, Stores stores
     return crc_extend(crc, from, bytes);
 }
 
+void copy_items(const ItemTable& table, byte* slot) noexcept {
+    for (const Item& item : table.items()) table.copy_out(item, 0, item.bytes, slot + item.offset);
+}
+
 // A woken thread of SCHED_OTHER takes the core from whoever woke it, for a whole slice: the training thread would stand
 // still inside `begin`. One of SCHED_BATCH waits for a core of its own, or for the tick. Only a wish: errors do not
 // matter.
@@ -173,12 +177,22 @@ void Engine::begin(std::shared_ptr<Plan> plan, uint32_t index, int notify_fd) {
     crcs_ = arena_.crc_table(*map_, index);
     notify_fd_ = notify_fd;
     began_ = began;
-    for (const Item& item : plan_->now.items()) plan_->now.copy_out(item, 0, item.bytes, slot_ + item.offset);
+    copy_items(plan_->now, slot_);
     next_block_.store(0, std::memory_order_relaxed);
     stop_.store(false, std::memory_order_relaxed);
     busy_.store(static_cast<int>(threads_.size()), std::memory_order_relaxed);
     starts_.fetch_add(1, std::memory_order_release);
     futex_wake_all(starts_, Sharing::within_process);
+}
+
+void Engine::copy_now(Plan& plan, uint32_t index) const {
+    if (!in_this_process() || phase_.load(std::memory_order_acquire) == closed) {
+        throw std::logic_error("the engine is closed");
+    }
+    check_begin(plan, index);
+    plan.copying.fetch_add(1);
+    copy_items(plan.now, arena_.slot_bytes_at(*map_, index));
+    plan.copying.fetch_sub(1);
 }
 
 // --- one copy, seen from a thread

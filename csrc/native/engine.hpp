@@ -33,6 +33,10 @@ class Engine {
     // after close(); std::invalid_argument for a plan that does not fit the slot, or a slot that is not FILLING.
     void begin(std::shared_ptr<Plan> plan, uint32_t index, int notify_fd);
 
+    // Copies the plan's `now` items and nothing else: no thread starts, no block is checksummed. For whoever fills the
+    // rest of the slot by other means. Throws as begin() does.
+    void copy_now(Plan& plan, uint32_t index) const;
+
     bool running() const noexcept;
     // Sleeps until the copy is over (`changed`), the deadline passed or a signal came.
     Woken wait(Clock::time_point deadline) const;

@@ -128,7 +128,7 @@ void translate_os_errors() {
 
 PYBIND11_MODULE(_native, m) {
     using namespace snapshotd;
-    m.doc() = "Shared memory, the copy engine and checksums of snapshotd.";
+    m.doc() = "Shared memory, the copy engine, the erasure code and checksums of snapshotd.";
     translate_os_errors();
     py::register_exception<FormatError>(m, "ArenaFormatError", PyExc_ValueError);
     m.attr("ARENA_VERSION") = kArenaVersion;
@@ -141,5 +141,7 @@ PYBIND11_MODULE(_native, m) {
     bind_tools(m);
     bind_arena(m);
     bind_engine(m);
+    bind_erasure(m);
+    bind_pull(m);
     bind_watch(m);
 }

@@ -170,6 +170,13 @@ void populate(void* base, size_t bytes, bool writable) {
     }
 }
 
+void prefault(byte* data, size_t bytes) {
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(data) / page * page;
+    const uintptr_t end = reinterpret_cast<uintptr_t>(data) + bytes;
+    if (bytes != 0) advise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
+}
+
 uint64_t rss_anon_bytes() {
     std::unique_ptr<FILE, int (*)(FILE*)> status(fopen("/proc/self/status", "re"), fclose);
     if (!status) throw OsError(errno, "/proc/self/status cannot be read");

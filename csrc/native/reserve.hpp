@@ -17,6 +17,9 @@ void reserve(int fd, uint64_t total_bytes, int numa_node);
 // Touches every page of a mapping, for writing where it is writable, so that later accesses take no faults.
 void populate(void* base, size_t bytes, bool writable);
 
+// The same for memory that is about to be written, of which this thread has no need to know whether it worked.
+void prefault(byte* data, size_t bytes);
+
 // RssAnon of this process in bytes.
 uint64_t rss_anon_bytes();
 
