@@ -3,24 +3,59 @@
 PYTHON ?= python3
 # The release that we test with; where pip does not know it, the newest that suits pyproject.toml is taken.
 TORCH ?= torch==2.13.0
+PROCESSES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := pyproject.toml setup.py $(wildcard csrc/native/*)
-CXX_FILES := $(wildcard csrc/native/*.cpp csrc/native/*.hpp)
+SOURCES := pyproject.toml setup.py $(wildcard csrc/native/* csrc/cuda/*.*)
+CXX_FILES := $(wildcard csrc/native/*.cpp csrc/native/*.hpp csrc/cuda/*.cpp csrc/cuda/*.hpp csrc/cuda/*.cu csrc/cuda/*.cuh \
+               tests/cuda/sim/*.cpp tests/cuda/sim/*.hpp)
 
-.PHONY: demo test bench lint types layers format clean install
+.PHONY: demo test soak chaos fuzz cuda-test cuda-mutants cuda-gate bench lint types layers format clean install
 
 demo: $(STAMP)
 	$(BIN)/snapshotd drill
 
 # conftest.py fails what leaves a file in /dev/shm, a process, a thread or a socket, and looks again at the very end.
+# Half of the suite waits for processes, so two files run side by side; PROCESSES=0 runs one after the other.
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+# Histories of simulated clusters until told; ends with 1 where an invariant broke or a state was never reached.
+SECONDS ?= 300
+soak: $(STAMP)
+	$(BIN)/python -m tests.sim --seconds $(SECONDS)
+
+# Random faults against a real cluster, in namespaces of its own where there are root, util-linux and iproute2 (packet
+# loss and one-way partitions: iptables too). CHAOS_ARGS="--seed 1 --round 7" plays one round again.
+chaos: $(STAMP)
+	$(BIN)/python -m tests.chaos --seconds $(SECONDS) $(CHAOS_ARGS)
+
+# The CUDA module where there is no GPU: in the simulator, against planted bugs, and by its machine code. Needs nvcc.
+cuda-test: $(STAMP)
+	$(BIN)/python -m pip install --quiet 'nvidia-cuda-nvrtc>=13'
+	$(BIN)/python -m pytest -q -m cuda tests/cuda
+
+cuda-mutants: $(STAMP)
+	$(BIN)/python -m tests.cuda.mutants
+
+cuda-gate: $(STAMP)
+	$(BIN)/python -m pip install --quiet 'nvidia-cuda-nvdisasm>=13'
+	$(BIN)/python -m tests.cuda.gate
+
+# Every parser, for so long in all; findings go to tests/fuzz/corpus and end it with status 1.
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet atheris || echo "pip found no atheris for this Python: mutation without coverage"
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/copy.py --check
 	$(BIN)/python benchmarks/stall.py --check
+	$(BIN)/python benchmarks/stall.py --nodes 3 --check
+	$(BIN)/python benchmarks/rebuild.py --check
+	$(BIN)/python benchmarks/secure.py --check
+	$(BIN)/python benchmarks/commits.py --check
+	$(BIN)/python benchmarks/codec.py --check
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -4,6 +4,9 @@ The loop is a real one: a chain of linear layers, autograd, AdamW, one thread of
 turns with blocks that do not, in the same process, so that whatever else the machine does meets both. The first step of
 a block is not counted: the one before it belongs to the other kind, and its copy may still run.
 
+With `nodes` above 1 this trainer is rank 0 of a job with a rank on each node. The others (`benchmarks/idle.py`) take
+their snapshots in step: a byte to each of the pipes in `pace` says that a step is over, outside of what is measured.
+
 A saver's four calls, in order, all from the loop: `save` at the end of the body, `before_optimizer` (from the
 optimizer's own pre-hook), `facts` once the optimizer stepped, `drain` before a block that does not save.
 """
@@ -18,16 +21,19 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from snapshotd import wire
+from benchmarks.nodes import ask_status
 from snapshotd.door_client import DoorClient
 
 WARM_STEPS_MAX = 60
+RENDEZVOUS_S = 60.0
 JOB = "stall"
+PARITY = 1  # of no effect on one node
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class Spec:
     pairs: int = 1
     steps: int = 1
     workers: int = 0  # forked before it waits to be killed (contestant "death")
+    nodes: int = 1
+    rendezvous: str = ""
+    pace: tuple[int, ...] = ()
 
 
 @dataclass
@@ -63,6 +72,14 @@ class Step:
     host_s: float = 0.0
     copy_s: float = 0.0
     saved: bool = False
+
+
+def meet(rendezvous: str, rank: int, world_size: int) -> None:
+    """The process group of a job with a rank on each node. `rendezvous` is a file that does not exist yet."""
+    import torch.distributed as dist
+
+    where, patience = f"file://{rendezvous}", timedelta(seconds=RENDEZVOUS_S)
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world_size, timeout=patience)
 
 
 class Nothing:
@@ -106,8 +123,11 @@ class Guarded(Nothing):
     def __init__(self, spec: Spec, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         import snapshotd_client
 
+        self.spec = spec
         self.socket = spec.socket
-        self.guard = snapshotd_client.protect(model, optimizer, job=JOB, socket=spec.socket)
+        if spec.nodes > 1:
+            meet(spec.rendezvous, 0, spec.nodes)
+        self.guard = snapshotd_client.protect(model, optimizer, job=JOB, socket=spec.socket, parity=PARITY)
         self.guard.restore()
         self.taken = 0
 
@@ -124,6 +144,8 @@ class Guarded(Nothing):
         status = self.guard.status()
         step.saved, self.taken = status["taken"] > self.taken, status["taken"]
         step.host_s = status["timings"]["host_s"] if step.saved else 0.0
+        for pipe in self.spec.pace:
+            os.write(pipe, b"!")
 
     def drain(self) -> None:
         self.guard.flush(60.0)
@@ -134,6 +156,8 @@ class Guarded(Nothing):
         with DoorClient.connect(Path(self.socket)) as door:
             job = ask_status(door)["jobs"][JOB]
         self.guard.close()
+        if self.spec.nodes > 1:
+            torch.distributed.destroy_process_group()
         commits = next(
             one["commits"] for one in job["generations"] if mine["generation"].startswith(str(one["number"]))
         )
@@ -291,15 +315,6 @@ class Loop:
                 self.saver.drain()
             for number in range(steps + 1):
                 self.step(block, saving=saving, counted=number > 0)
-
-
-def ask_status(door: DoorClient) -> dict[str, Any]:
-    """The daemon's status, over a door that may be asked again."""
-    door.ask(wire.Hello("tool", os.getpid()))
-    reply, _ = door.ask(wire.AskStatus())
-    assert isinstance(reply, wire.StatusReport)
-    document: dict[str, Any] = json.loads(reply.document)
-    return document
 
 
 def wait_to_be_killed(spec: Spec) -> None:

@@ -1,6 +1,6 @@
 """What a training loop feels of being saved: snapshotd against no guard, `torch.save` and `dcp.async_save`.
 
-    python benchmarks/stall.py [--quick] [--json] [--check]
+    python benchmarks/stall.py [--quick] [--json] [--check] [--nodes N]
 
 A real loop (`benchmarks/loop.py`: linear layers, autograd, AdamW, one thread of compute, two cores) runs in a fresh
 process for each way of saving, the ways taking turns in every round. Each process alternates blocks of steps that save
@@ -13,6 +13,10 @@ of the machine cancels. The first step of a block is not counted, since the last
     stall    call + wait: what the loop stands still for
     step     a whole step, and its ratio to one without a save: the stall, and what the copy beside it costs
     cpu      the same ratio in CPU time of the training thread, which other programs on the machine disturb less
+
+With `--nodes N` the loop is one rank of a job of N nodes with one parity: the other nodes run beside it on the second
+core, each with its daemon and a trainer that holds as much and computes next to nothing (`benchmarks/idle.py`), and the
+question is what encoding adds to one node without it and to a loop without a guard.
 
 Everything is written to shared memory. `--check` exits 1 and names each target that was missed. docs/benchmarks.md says
 what the numbers mean.
@@ -37,7 +41,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from benchmarks.copy import machine
-from benchmarks.loop import SAVERS
+from benchmarks.loop import SAVERS, Spec
 from benchmarks.support import Bench, Neighbours, bench, death_seen_ms
 
 STEP_1K_MAX_MS, STEP_10K_MAX_MS = 2.0, 10.0
@@ -45,8 +49,11 @@ LOOP_RATIO_MAX = 1.02
 STALL_RATIO_MAX = 1 / 20
 FIRST_RATIO_MAX = 1.25
 DEATH_MAX_MS = 100.0
+NODES_LOOP_RATIO_MAX = 1.05
 CORES = 2
 BLOCK_STEPS = 3
+NODES_BLOCK_STEPS = 8  # a block has several snapshots, though encoding lasts longer than a step where all share a core
+NODES_MAX = 8
 
 HEAD = (
     "            saves/of                       call   host    wait    stall  (first)    copy (first)    step"
@@ -148,6 +155,18 @@ class Target:
 # --- measuring ------------------------------------------------------------------------------------
 
 
+def measure_nodes(here: Bench, rounds: int, quick: bool) -> list[Row]:
+    """The loop without a guard, on one node, and as one of several nodes that encode."""
+    count = len(here.nodes)
+    pairs = dict.fromkeys(("no guard", "snapshotd", nodes_name(count)), 2 if quick else 5)
+    return measure(here, SMALL, pairs, rounds, steps=NODES_BLOCK_STEPS)
+
+
+def nodes_name(count: int) -> str:
+    """The contestant that is one of several nodes."""
+    return f"{count} nodes"
+
+
 def measure_all(here: Bench, rounds: int, quick: bool) -> list[Row]:
     """Every table. What a target asks of snapshotd to the percent gets more blocks than what is ten times slower."""
     if quick:
@@ -161,7 +180,9 @@ def measure_all(here: Bench, rounds: int, quick: bool) -> list[Row]:
     return rows + measure(here, MANY, {"snapshotd": 2}, rounds)
 
 
-def measure(here: Bench, size: Size, pairs: Mapping[str, int], rounds: int, firsts: int = 0) -> list[Row]:
+def measure(
+    here: Bench, size: Size, pairs: Mapping[str, int], rounds: int, firsts: int = 0, steps: int = BLOCK_STEPS
+) -> list[Row]:
     """Every contestant in every round, in an order that turns. `pairs`: how many blocks of each save.
 
     A process has one first copy: `firsts` more processes of snapshotd say what is usual.
@@ -172,10 +193,16 @@ def measure(here: Bench, size: Size, pairs: Mapping[str, int], rounds: int, firs
         for place in range(len(contestants)):
             name = contestants[(place + number) % len(contestants)]
             print(f"  {size.name}: {name}, round {number + 1} of {rounds}", file=sys.stderr, flush=True)
-            runs[name].append(here.run(here.spec(name, **size.shape, pairs=pairs[name], steps=BLOCK_STEPS)))
+            runs[name].append(here.run(spec_of(here, size, name, pairs=pairs[name], steps=steps)))
     for _ in range(firsts):
         runs["snapshotd"].append(here.run(here.spec("snapshotd", **size.shape, pairs=0)))
     return [row_of(size, name, found) for name, found in runs.items()]
+
+
+def spec_of(here: Bench, size: Size, name: str, **more: int) -> Spec:
+    if name == nodes_name(len(here.nodes)):
+        return here.spec("snapshotd", **size.shape, nodes=len(here.nodes), **more)
+    return here.spec(name, **size.shape, **more)
 
 
 def row_of(size: Size, contestant: str, runs: Sequence[dict[str, Any]]) -> Row:
@@ -203,7 +230,7 @@ def row_of(size: Size, contestant: str, runs: Sequence[dict[str, Any]]) -> Row:
         first_over_later=Spread.of([first_over_later(run["steps"]) for run in runs]) if copies else None,
         saves=sum(step["saved"] for step in saving),
         steps=len(saving),
-        commits=sum(run["end"]["commits"] for run in runs) if contestant == "snapshotd" else None,
+        commits=sum(run["end"]["commits"] for run in runs) if all("commits" in run["end"] for run in runs) else None,
     )
 
 
@@ -260,6 +287,21 @@ def targets_of(rows: Sequence[Row], deaths_ms: Sequence[float]) -> list[Target]:
     return [replace(target, value=round(target.value, 4)) for target in targets]
 
 
+def nodes_targets(rows: Sequence[Row], count: int) -> list[Target]:
+    """What encoding beside a loop may cost it: nothing in the call, and little in the step."""
+    row = next(row for row in rows if row.contestant == nodes_name(count))
+    return [
+        Target(
+            f"guard.step() without host state, ms, {row.size}, {count} nodes",
+            row.call_without_host.median,
+            STEP_1K_MAX_MS,
+        ),
+        Target(
+            f"step with over step without a guard, {row.size}, {count} nodes", row.ratio.median, NODES_LOOP_RATIO_MAX
+        ),
+    ]
+
+
 # --- telling --------------------------------------------------------------------------------------
 
 
@@ -287,24 +329,33 @@ def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     parser.add_argument("--quick", action="store_true", help="one short round, fewer ways of saving")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes of the job (1); more: what encoding costs a loop")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each way of saving (2)")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not 1 <= arguments.nodes <= NODES_MAX:
+        parser.error(f"--nodes is {arguments.nodes}; it must lie between 1 and {NODES_MAX}, all on this machine")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parsed(argv)
     rounds = 1 if arguments.quick else max(1, arguments.rounds)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
+    cores = sorted(os.sched_getaffinity(0))[:CORES]
+    os.sched_setaffinity(0, cores)
     neighbours = Neighbours()
-    with bench() as here:
-        rows = measure_all(here, rounds, arguments.quick)
-        deaths_ms = [round(death_seen_ms(here, **LARGE.shape, workers=2), 2) for _ in range(rounds)]
-    targets = targets_of(rows, deaths_ms)
+    with bench(arguments.nodes, cores) as here:
+        if arguments.nodes > 1:
+            rows, deaths_ms = measure_nodes(here, rounds, arguments.quick), []
+        else:
+            rows = measure_all(here, rounds, arguments.quick)
+            deaths_ms = [round(death_seen_ms(here, **LARGE.shape, workers=2), 2) for _ in range(rounds)]
+    targets = nodes_targets(rows, arguments.nodes) if arguments.nodes > 1 else targets_of(rows, deaths_ms)
     others = neighbours.cores()
     if arguments.json:
         document = {
             "machine": machine(),
             "cores": CORES,
+            "nodes": arguments.nodes,
             "rounds": rounds,
             "others_used_cores": others,
             "rows": [asdict(row) for row in rows],
@@ -316,9 +367,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{machine()}; {CORES} cores, one thread of compute, {rounds} rounds of fresh processes that take turns")
         print(f"other programs used {others} cores meanwhile")
         print_tables(rows)
-        print(
-            f"\ndeath of a trainer of 1 GB, seen by the daemon after {', '.join(f'{ms:.1f}' for ms in deaths_ms)} ms\n"
-        )
+        print()
+        if deaths_ms:
+            seen = ", ".join(f"{ms:.1f}" for ms in deaths_ms)
+            print(f"death of a trainer of 1 GB, seen by the daemon after {seen} ms\n")
         for target in targets:
             print(
                 f"{'ok' if target.reached else 'MISSED':6}  {target.name}: {target.value:g} (at most {target.limit:g})"

@@ -1,4 +1,4 @@
-"""What the stall benchmark plays on: a daemon, processes of `benchmarks.loop`, and a look at the neighbours."""
+"""What the stall benchmark plays on: nodes, processes of `benchmarks.loop`, and a look at the neighbours."""
 
 from __future__ import annotations
 
@@ -10,69 +10,43 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.loop import Spec, ask_status
+from benchmarks import idle
+from benchmarks.loop import JOB, PARITY, Spec
+from benchmarks.nodes import PATIENCE_S, ROOT, Nodes, ask_status, nodes, until
 from snapshotd.door_client import DoorClient
-
-ROOT = Path(__file__).resolve().parents[1]
-PATIENCE_S = 300.0
 
 
 class Bench:
-    """A folder in shared memory with a daemon in it; both are gone in the end."""
+    """Nodes, and loops on the first of them. What runs on the others keeps to the cores `others_on`."""
 
-    def __init__(self) -> None:
-        self.folder = Path(f"/dev/shm/snapshotd-stall-{os.getpid()}")
-        self.folder.mkdir(mode=0o700)
-        self.socket = self.folder / "socket"
-        command = [sys.executable, "-m", "snapshotd", "serve", "--socket", str(self.socket)]
-        with open(self.folder / "daemon.log", "wb") as log:
-            memory = str(self.folder / "memory")
-            self.daemon = subprocess.Popen([*command, "--shm-dir", memory], stdout=log, stderr=log)
+    def __init__(self, made: Nodes, others_on: Sequence[int] | None) -> None:
+        self.nodes, self.others_on = made, others_on
+        self.socket = made[0].socket
         self.count = 0
-
-    def wait_for_daemon(self) -> None:
-        self.until(self._answers, lambda: self.daemon.poll() is None, "the daemon", self.folder / "daemon.log")
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(Exception):
-            self.status()
-            return True
-        return False
-
-    def status(self) -> dict[str, Any]:
-        with DoorClient.connect(self.socket) as door:
-            return ask_status(door)
-
-    def until(self, done: Callable[[], bool], lives: Callable[[], bool], who: str, log: Path) -> None:
-        deadline_s = time.monotonic() + PATIENCE_S
-        while not done():
-            if time.monotonic() > deadline_s or not lives():
-                raise SystemExit(f"{who} ended or did not get ready:\n{log.read_text()}")
-            time.sleep(0.05)
 
     def spec(self, contestant: str, *, layers: int, width: int, batch: int, **more: int) -> Spec:
         """What a process is to do, in a folder of its own."""
         self.count += 1
-        folder = self.folder / f"run-{self.count}"
+        folder = self.nodes.folder / f"run-{self.count}"
         folder.mkdir()
         return Spec(
             contestant, layers, width, batch, folder=str(folder), socket=str(self.socket),
-            result=str(folder / "result.json"), **more,
+            result=str(folder / "result.json"), rendezvous=str(folder / "rendezvous"), pace=(), **more,
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def start(self, spec: Spec) -> Iterator[subprocess.Popen[bytes]]:
+    def start(self, spec: Spec, pace: Sequence[int] = ()) -> Iterator[subprocess.Popen[bytes]]:
         """A process of `benchmarks.loop`, killed in the end if it still runs; its folder is removed."""
-        command = [sys.executable, "-m", "benchmarks.loop", json.dumps(asdict(spec))]
+        command = [sys.executable, "-m", "benchmarks.loop", json.dumps(asdict(replace(spec, pace=tuple(pace))))]
         with open(f"{spec.folder}/log", "wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
+            process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, pass_fds=pace)
         try:
             yield process
         finally:
@@ -81,33 +55,40 @@ class Bench:
             shutil.rmtree(spec.folder, ignore_errors=True)
 
     def run(self, spec: Spec) -> dict[str, Any]:
-        """What the process measured; SystemExit with its output where it failed."""
-        with self.start(spec) as process:
-            if process.wait() != 0:
-                raise SystemExit(f"{spec.contestant} failed:\n{Path(spec.folder, 'log').read_text()}")
+        """What the process measured; SystemExit with its output where it or a trainer of another node failed."""
+        with contextlib.ExitStack() as stack:
+            others = [stack.enter_context(self._another(spec, rank)) for rank in range(1, spec.nodes)]
+            pace = [one.stdin.fileno() for one in others if one.stdin is not None]
+            process = stack.enter_context(self.start(spec, pace))
+            for one in others:
+                assert one.stdin is not None
+                one.stdin.close()  # only the loop has it now: its end is theirs
+            if any(one.wait() for one in (process, *others)):
+                raise SystemExit(f"{spec.contestant} failed:\n{_logs(spec.folder)}")
             result: dict[str, Any] = json.loads(Path(spec.result).read_text())
-            return result
+        if spec.nodes > 1:
+            self.nodes.wait_until_bare(JOB)
+        return result
 
-    def close(self) -> None:
-        self.daemon.terminate()
-        try:
-            self.daemon.wait(20)
-        except subprocess.TimeoutExpired:
-            self.daemon.kill()
-            self.daemon.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _another(self, spec: Spec, rank: int) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+        """A trainer on another node that holds as much and is paced by the loop."""
+        socket, log = str(self.nodes[rank].socket), f"{spec.folder}/log-{rank}"
+        more = idle.Spec(
+            JOB, rank, spec.nodes, socket, spec.rendezvous, spec.layers, spec.width, PARITY, result=f"{log}.json"
+        )
+        return idle.started(more, Path(log), self.others_on)
+
+
+def _logs(folder: str) -> str:
+    return "\n".join(f"{path.name}:\n{path.read_text()}" for path in sorted(Path(folder).glob("log*")))
 
 
 @contextlib.contextmanager
-def bench() -> Iterator[Bench]:
-    """A bench that is cleared in the end, also where `timeout` or a job's scheduler ends us by SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    one = Bench()
-    try:
-        one.wait_for_daemon()
-        yield one
-    finally:
-        one.close()
+def bench(count: int, cores: Sequence[int]) -> Iterator[Bench]:
+    """A bench of so many nodes that is cleared in the end. What is not on the first node has the last core only."""
+    others_on = cores[-1:] if count > 1 else None
+    with nodes("stall", count, others_on=others_on) as made:
+        yield Bench(made, others_on)
 
 
 def death_seen_ms(here: Bench, **size: int) -> float:
@@ -115,7 +96,7 @@ def death_seen_ms(here: Bench, **size: int) -> float:
     spec = here.spec("death", **size)
     with here.start(spec) as process:
         result = Path(spec.result)
-        here.until(result.exists, lambda: process.poll() is None, "the trainer", Path(spec.folder, "log"))
+        until(result.exists, "a commit of the trainer", lambda: process.poll() is None, Path(spec.folder, "log"))
         facts = json.loads(result.read_text())
         try:
             with DoorClient.connect(here.socket) as door:

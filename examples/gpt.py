@@ -3,8 +3,9 @@
     snapshotd run -- torchrun --nproc-per-node 2 --max-restarts 3 examples/gpt.py --parallel fsdp --job my-first-gpt
 
 Kill one of the two trainers while it runs: torchrun starts both again, and they go on with the step after the
-newest one that was committed in memory. The lines that make it so are marked `guard:`. `snapshotd drill` runs this
-file, kills it and compares the outcome with a run that nobody disturbed.
+newest one that was committed in memory. The lines that make it so are marked `guard:`. Over several nodes, lost nodes
+come back too: their shards are rebuilt from parity that the others keep. `snapshotd drill` runs this file over nodes
+that it kills and destroys, and compares the outcome with a run that nobody disturbed.
 
 Everything here is plain PyTorch. Dropout and batches draw from torch's generator and the learning rate follows a
 schedule, so weights alone would not bring back the same run: the guard keeps those states too.
@@ -117,7 +118,9 @@ def warm_up_then_cosine(steps: int) -> Any:
 def parallelize(model: nn.Module, how: str) -> nn.Module:
     """The model as each rank trains it: whole, replicated, or with every block's parameters sharded."""
     if how == "ddp":
-        return DistributedDataParallel(model)
+        # DDP lays its buckets anew after the first step, unless it looks for unused parameters; with three ranks or
+        # more that changes the order in which gradients are added, and so the last bits of a run that was restarted.
+        return DistributedDataParallel(model, find_unused_parameters=True)
     if how == "fsdp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for block in model.blocks:  # type: ignore[union-attr]
@@ -138,8 +141,9 @@ def train(options: argparse.Namespace, rank: int, journal: Journal) -> None:
     guard = None
     if not options.no_guard:
         extra = {"scheduler": scheduler}
+        spread = {"parity": options.parity, "group_size": options.group_size}  # how lost nodes are made up for
         guard = snapshotd_client.protect(  # guard: 2 of 4
-            model, optimizer, job=options.job, every=options.every, extra=extra
+            model, optimizer, job=options.job, every=options.every, extra=extra, **spread
         )
     first = guard.restore() if guard else 0  # guard: 3 of 4; 0 where there is nothing to restore
     journal.write("restored", step=first, restore=guard.status()["restore"] if guard else None)
@@ -213,6 +217,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--job", help="name of the run, for the guard; SNAPSHOTD_JOB does as well")
     parser.add_argument("--every", type=int, default=1, help="take a snapshot every that many steps")
+    parser.add_argument("--parity", type=int, default=2, help="nodes of a group that may be lost at once (default: 2)")
+    parser.add_argument("--group-size", type=int, default=8, help="nodes that protect each other (default: 8)")
     parser.add_argument("--no-guard", action="store_true", help="train without snapshots")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON lines to DIR/rank<n>-<pid>.jsonl")
     return parser.parse_args()
@@ -228,6 +234,9 @@ def main() -> None:
         dist.init_process_group("gloo")
     try:
         train(options, rank, journal)
+    except snapshotd_client.SnapshotLost as lost:
+        journal.write("lost", why=lost.why)
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

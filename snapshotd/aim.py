@@ -1,8 +1,10 @@
-"""Kill a trainer while its arena shows that a copy is in flight.
+"""Where a drill strikes: a trainer while its arena shows a copy in flight, and whole nodes.
 
 A drill that killed at any moment would mostly hit compute. This one reads the arenas as the daemon does, from
 outside: it waits until a slot of the victim is FILLING, kills, and then watches what becomes of that slot. A copy
 that was torn is never published; only then the kill counts as having come in the middle.
+
+Nodes are chosen so that the loss hurts: the one that coordinates the commits is always among them.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,17 +36,36 @@ class Strike:
     rank: int
     pid: int
     at_s: float
-    step: int  # the step whose copy was running
+    step: int  # the step whose copy was running; where none was, the newest that the victim had passed
     committed: int  # the newest step that every rank had committed, read right before the kill
     copy_in_flight: bool
 
 
+@dataclass(frozen=True)
+class Loss:
+    """Nodes that were destroyed at once, and what the daemons and the arenas said right before."""
+
+    nodes: tuple[int, ...]  # by their place in the order of launch
+    ranks: tuple[int, ...]  # whose shards went with them
+    at_s: float
+    committed: int  # the newest step that every rank had committed
+    data_bytes: int  # memory of all arenas of the job, on all nodes
+    parity_bytes: int  # memory of all its parity, on all nodes
+
+
+def nodes_to_lose(node_of_rank: Mapping[int, int], count: int) -> tuple[int, ...]:
+    """The node of rank 0, whose daemon decides what is committed, and the last ones of the rest: `count` in all."""
+    coordinator = node_of_rank[0]
+    others = sorted(set(node_of_rank.values()) - {coordinator}, reverse=True)
+    return tuple(sorted([coordinator, *others][:count]))
+
+
 @contextlib.contextmanager
-def owned_arenas(folder: Path, pids: Mapping[int, int]) -> Iterator[dict[int, _native.Arena]]:
-    """Read-only mappings of the arenas in `folder` that the trainers `pids` (by rank) hold now, by rank."""
+def owned_arenas(folders: Iterable[Path], pids: Mapping[int, int]) -> Iterator[dict[int, _native.Arena]]:
+    """Read-only mappings of the arenas in `folders` that the trainers `pids` (by rank) hold now, by rank."""
     arenas: dict[int, _native.Arena] = {}
     try:
-        for path in folder.glob("*.arena"):
+        for path in (path for folder in folders for path in folder.glob("*.arena")):
             if (arena := _open(path)) is None:
                 continue
             owner = _owner(arena)
@@ -63,13 +84,23 @@ def committed_step(arenas: Mapping[int, _native.Arena]) -> int:
     return min((arena.committed_step for arena in arenas.values()), default=0)
 
 
-def strike(arenas: Mapping[int, _native.Arena], rank: int, pid: int, timeout_s: float) -> Strike | None:
-    """SIGKILL the trainer `pid` of `rank` as soon as a copy into its arena runs. None if none did for `timeout_s`."""
+def passed_step(arenas: Mapping[int, _native.Arena]) -> int:
+    """The newest step that the fastest of these trainers is through with."""
+    return max((arena.passed for arena in arenas.values()), default=0)
+
+
+def strike(arenas: Mapping[int, _native.Arena], rank: int, pid: int, timeout_s: float, latest: int) -> Strike | None:
+    """SIGKILL the trainer `pid` of `rank` as soon as a copy into its arena runs. None if none did for `timeout_s`.
+
+    Copies are short and a busy machine looks away for longer: a trainer that has passed the step `latest` before one
+    was seen is killed without.
+    """
     victim = arenas[rank]
     deadline_s = _CLOCK.monotonic_s() + timeout_s
     with _Samples(victim) as samples:
         while _CLOCK.monotonic_s() < deadline_s:
-            if (index := samples.slot_being_copied()) is None:
+            index, passed = samples.slot_being_copied(), victim.passed
+            if index is None and passed < latest:
                 time.sleep(_LOOK_EVERY_S)
                 continue
             committed, at_s = committed_step(arenas), _CLOCK.monotonic_s()
@@ -77,6 +108,8 @@ def strike(arenas: Mapping[int, _native.Arena], rank: int, pid: int, timeout_s: 
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 return None
+            if index is None:
+                return Strike(rank, pid, at_s, passed, committed, False)
             step = victim.slot(index).step or committed + 1
             return Strike(rank, pid, at_s, step, committed, _was_torn(victim, index, pid))
     return None

@@ -2,7 +2,8 @@
 
 `ArenaFile` is one of them, mapped, with what the daemon knows about it. It owns its descriptors and closes them.
 
-An arena is two files, `<job>.<local index>.<arena id>.arena` and, beside it, `.lock`. The lock file is made first and
+An arena is two files, `<job>.<local index>.<arena id>.arena` (`parity` in place of the index where it holds a node's
+parity sets) and, beside it, `.lock`. The lock file is made first and
 removed last, so one without an arena is a leftover and an arena without its lock is not to be trusted.
 """
 
@@ -13,16 +14,20 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from snapshotd import _native
+from snapshotd import _native, parityset
 from snapshotd.faults import crash_point
+from snapshotd.liveness import Watch, holder_pid
 from snapshotd.wire import GenerationId, SnapshotId
 
 SLOTS = 2
+PARITY_INDEX = 0xFFFFFFFF
+"""Local index of the arena that holds a node's parity sets."""
 OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
-_OWNER_FIELDS = (
+OWNER_FIELDS = (
     "generation", "nonce", "rank", "world_size", "local_world", "every", "pid", "fenced", "closed", "released_at_s",
     "restored_generation", "restored_nonce", "restored_step",
 )  # fmt: skip
@@ -77,6 +82,9 @@ class ArenaFile:
     quarantined: dict[int, tuple[SnapshotId, str]] = field(default_factory=dict)
     bell_fd: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
     gone: bool = False
+    checking: bool = False  # somebody doubted its bytes, and a thread reads them
+    awaits_rebuild: bool = False  # its shard of the restored snapshot is still to be decoded into it
+    described: dict[int, tuple[bytes, parityset.Description]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # The geometry never changes: remembered, since it is asked for after `free` too.
@@ -98,15 +106,56 @@ class ArenaFile:
         return SnapshotId(made_by, self.owner.restored_step)
 
     @property
+    def is_parity(self) -> bool:
+        """It holds parity sets of this node and no rank's shards; no trainer ever has it."""
+        return self.local_index == PARITY_INDEX
+
+    @property
     def pinned(self) -> bool:
         """Somebody reads from it."""
         return any(self.pins.values())
 
     def amend(self, **changes: Any) -> None:
         """Write the owner record anew with these fields changed."""
-        fields = {name: getattr(self.owner, name) for name in _OWNER_FIELDS}
+        fields = {name: getattr(self.owner, name) for name in OWNER_FIELDS}
         self.native.set_owner(**(fields | changes))
         self.owner = read_owner(self.native)
+
+    def held_by(self) -> int | None:
+        """The pid of the process that holds the arena's lock; 0 if it is not visible from here; None if nobody does."""
+        return holder_pid(self.lock_fd)
+
+    def watch(self, released: Callable[[], None]) -> None:
+        """Have `released` called, on a thread of its own, once nobody holds the lock any more."""
+        Watch(self.lock_fd, released)
+
+    def silence_bell(self) -> None:
+        """The bell was heard."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.bell_fd)
+
+    def broken_blocks(self, slot: int, threads: int) -> list[int]:
+        """Blocks of a slot that fail their checksum.
+
+        Through a mapping of its own: the pages that were read would else count as this daemon's memory for good.
+        """
+        mapping = _native.Arena(self.fd, writable=False)
+        try:
+            return mapping.verify(slot, threads)
+        finally:
+            mapping.close()
+
+    def bad_blocks(self, slot: int, first: int, count: int) -> list[int]:
+        """The same of `count` blocks from block `first` on."""
+        mapping = _native.Arena(self.fd, writable=False)
+        try:
+            begin = first * self.block_bytes
+            end = min(begin + count * self.block_bytes, mapping.slot(slot).file_bytes)
+            words = mapping.crc_words(slot, first, count)
+            with mapping.slot_view(slot) as whole, whole[begin:end] as view:
+                return [first + block for block in bad_blocks(view, words, self.block_bytes)]
+        finally:
+            mapping.close()
 
     def open_read_only(self) -> int:
         """A fresh descriptor through which nothing can be written; the caller's to close."""
@@ -127,6 +176,15 @@ class ArenaFile:
             self.native.close()
             for fd in (self.fd, self.lock_fd, self.bell_fd):
                 os.close(fd)
+
+
+def bad_blocks(data: memoryview, words: bytes, block_bytes: int) -> list[int]:
+    """Which blocks of `data` differ from their checksums."""
+    found, at = [], 0
+    while at < len(data) and (bad := _native.ec_check(data[at:], words[4 * (at // block_bytes) :], block_bytes)) >= 0:
+        found.append(at // block_bytes + bad)
+        at = (found[-1] + 1) * block_bytes
+    return found
 
 
 def slug(job: str) -> str:

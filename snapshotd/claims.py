@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from snapshotd import _native, wire
 from snapshotd.arena import SLOTS, ArenaFile, Free, Granted, HeldBy
+from snapshotd.cohort import Cohort
 from snapshotd.errors import Refused
 from snapshotd.generation import Generation
+from snapshotd.inventory import shards
 from snapshotd.wire import GenerationId
 
 
@@ -15,9 +17,9 @@ class Claims:
     """The rules, over the arenas and generations of the keeper. `live_sessions` are the connections that are open."""
 
     def __init__(
-        self, files: Mapping[bytes, ArenaFile], generations: Mapping[tuple[str, GenerationId], Generation]
+        self, files: Mapping[bytes, ArenaFile], generations: Mapping[tuple[str, GenerationId], Generation], node: bytes
     ) -> None:
-        self._files, self._generations = files, generations
+        self._files, self._generations, self._node = files, generations, node
         self.live_sessions: set[int] = set()
 
     def in_the_way(self, job: str, rank: int | None, pid: int, generation: GenerationId | None) -> ArenaFile | None:
@@ -40,15 +42,18 @@ class Claims:
         """Refused, with a sentence, if this request cannot be meant or comes too late."""
         if ask.rank not in ask.local_ranks or ask.rank >= ask.world_size:
             raise Refused(f"rank {ask.rank} is not among the ranks {ask.local_ranks} of {ask.world_size} that it names")
-        if sorted(ask.local_ranks) != list(range(ask.world_size)):
+        cohort = Cohort.of(ask, self._node)
+        if cohort is None and sorted(ask.local_ranks) != list(range(ask.world_size)):
             raise Refused(
-                f"job {ask.job!r} has {ask.world_size} ranks and only {len(ask.local_ranks)} of them are on this node; "
-                f"this release protects jobs that run on one node, so this run trains unprotected"
+                f"job {ask.job!r} has {ask.world_size} ranks, only {len(ask.local_ranks)} of them are on this node, "
+                f"and the others' nodes were not named, so this run trains unprotected; restart it with the client of "
+                f"this release and a daemon with --listen on every node"
             )
         _check_sizes(ask)
         known = self._generations.get((ask.job, ask.generation))
         bare = ask.arena is None and not self._of_rank(ask)
-        if ask.restored is not None and bare and (known is None or not known.ever_committed):
+        needless = ask.rebuild or cohort is not None or not self._is_here(ask)  # others hold the snapshot
+        if ask.restored is not None and bare and not needless and (known is None or not known.ever_committed):
             raise Refused(
                 f"rank {ask.rank} restored {ask.restored} and asks for an arena without it, so the only snapshot would "
                 f"be given up before there is a newer one; ask for the arena that holds it"
@@ -63,6 +68,11 @@ class Claims:
             raise Refused(
                 f"rank {ask.rank} disagrees with its peers of generation {ask.generation} about world size, `every` or "
                 f"what was restored; give all ranks the same arguments"
+            )
+        elif known.cohort is not None and not known.cohort.same_as(cohort):
+            raise Refused(
+                f"rank {ask.rank} disagrees with its peers of generation {ask.generation} about the nodes and groups "
+                f"of the job; restart the job so that all ranks agree"
             )
 
     def _check_not_outdated(self, ask: wire.Attach) -> None:
@@ -89,6 +99,12 @@ class Claims:
             if wanted and file.slot_bytes >= ask.slot_bytes:
                 return file
         return None
+
+    def _is_here(self, ask: wire.Attach) -> bool:
+        """The shard that this rank restored lies on this node; a job that moved to one node read it from another."""
+        files = (file for file in self._files.values() if file.job == ask.job and not file.is_parity)
+        found = (one for file in files for one in shards(file))
+        return any(one.snapshot == ask.restored and one.rank == ask.rank for one in found)
 
     def _of_rank(self, ask: wire.Attach) -> list[ArenaFile]:
         generation = self._generations.get((ask.job, ask.generation))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -16,12 +17,54 @@ from snapshotd.budget import shown
 from snapshotd.clock import SystemClock
 from snapshotd.config import DaemonConfig, find_socket, load_client_config, load_daemon_config
 from snapshotd.door_client import DoorClient
-from snapshotd.errors import ConfigError, ProtocolError, SnapshotError
+from snapshotd.errors import ConfigError, DaemonUnavailable, ProtocolError, SnapshotError
 
 SETTINGS: Mapping[str, tuple[str, str]] = {
     "node_id": ("LABEL", "what people call this node (default: the host's name)"),
-    "listen": ("tcp://HOST:PORT", "also answer status questions here; loopback only (default: off)"),
-    "advertise": ("HOST:PORT", "the address that peers should use, shown in status (default: none)"),
+    "interface": (
+        "NAME",
+        "the network interface that peers use, like eth1 or ib0: the host of listen and advertise where they have none "
+        "or *; the wrong one costs minutes at every recovery (torchft #329: 800 s, on the right one 20 s)",
+    ),
+    "listen": (
+        "tcp://HOST:PORT",
+        "answer peers and status questions here; port 0 or *: any free one (default: off, with an interface port 7780 "
+        "of its address)",
+    ),
+    "advertise": (
+        "HOST:PORT",
+        "the address that peers are given; port 0: that of listen (default: as listen)",
+    ),
+    "stream_port": ("PORT", "TCP port from which peers read the bytes of snapshots (default: 0, any free one)"),
+    "domain": (
+        "LABEL",
+        "what fails together with this node, in free text, the widest first, like rack=7 or rack=7,switch=2: the nodes "
+        "of a group are spread over different ones where they can be (default: none)",
+    ),
+    "peer_bandwidth": (
+        "BYTES",
+        "most bytes a second that this node pulls from peers, like 2GB/s (default: 0, no limit)",
+    ),
+    "scrub_bandwidth": (
+        "BYTES",
+        "most bytes a second that are read again to find and repair what rotted in memory, like 1GB/s; 0: none "
+        "(default: 200MB/s)",
+    ),
+    "scrub_every_s": (
+        "SECONDS",
+        "how long after its commit, and after each reading, a snapshot that is still the newest is read again "
+        "(default: 300)",
+    ),
+    "codec": (
+        "auto|cpu|cuda",
+        "what makes parity and rebuilds: auto measures both where there is a CUDA device and takes the faster "
+        "(default: auto)",
+    ),
+    "authenticate": (
+        "yes|no",
+        "peers prove who they are, and what they say and send is encrypted; no is for loopback alone, where every user "
+        "of the machine could then read training state (default: yes)",
+    ),
     "socket": ("PATH", "where trainers and tools knock (default: $XDG_RUNTIME_DIR/snapshotd.sock, else /run/…)"),
     "shm_dir": ("DIR", "the directory on tmpfs that holds the arenas (default: /dev/shm/snapshotd/<uid>)"),
     "memory_limit": ("BYTES", "most memory for arenas, like 64GiB (default: what tmpfs and cgroups allow)"),
@@ -102,8 +145,8 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             f"--{public.replace('_', '-')}",
             dest=one.name,
             metavar=placeholder,
-            nargs="?" if one.name == "exit_idle" else None,
-            const="yes" if one.name == "exit_idle" else None,
+            nargs="?" if isinstance(one.default, bool) else None,
+            const="yes" if isinstance(one.default, bool) else None,
             help=f"{text} [{public} = …, SNAPSHOTD_{public.upper()}]",
         )
 
@@ -136,12 +179,7 @@ def _stop(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    if options.connect:
-        from snapshotd.listener import ask_over_network
-
-        reply = ask_over_network(options.connect, wire.AskStatus(), ASK_S)
-    else:
-        reply = _ask(_socket(options), wire.AskStatus())
+    reply = _status_elsewhere(options) if options.connect else _ask(_socket(options), wire.AskStatus())
     if not isinstance(reply, wire.StatusReport):
         raise ProtocolError("unexpected", "the daemon answered with something else; install the same release")
     document = json.loads(reply.document)
@@ -152,6 +190,17 @@ def _status(options: argparse.Namespace) -> int:
 
         print(status.text(document))
     return 0
+
+
+def _status_elsewhere(options: argparse.Namespace) -> wire.Reply:
+    """By way of our own daemon, which its peers believe; in the clear where there is none, or it has no peers."""
+    with contextlib.suppress(DaemonUnavailable):
+        reply = _ask(_socket(options), wire.AskStatus(options.connect))
+        if isinstance(reply, wire.StatusReport):
+            return reply
+    from snapshotd.mesh import ask_over_network
+
+    return ask_over_network(options.connect, wire.AskStatus(), ASK_S)
 
 
 def _collect(options: argparse.Namespace) -> int:

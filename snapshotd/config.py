@@ -1,7 +1,8 @@
 """Settings, read once from flags, environment and a TOML file, in that order of precedence.
 
 `DaemonConfig` is the daemon's; `ClientConfig` is what a trainer reads. Wrong values are refused with the allowed range;
-nothing else in the project looks at the environment for a setting.
+nothing else in the project looks at the environment for a setting. The addresses of a network interface are looked up
+here too, so that who reads a config finds addresses that are final but for ports that the kernel chooses.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import socket as sockets
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from snapshotd.errors import ConfigError
 
@@ -26,6 +28,10 @@ else:
 UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb": 10**6, "mib": 2**20,
          "g": 10**9, "gb": 10**9, "gib": 2**30, "t": 10**12, "tb": 10**12, "tib": 2**40}  # fmt: skip
 SYSTEM_SOCKET = Path("/run/snapshotd.sock")
+LISTEN_PORT = 7780
+CODECS = ("auto", "cpu", "cuda")
+Interfaces: TypeAlias = Mapping[str, Sequence[str]]
+"""The IPv4 and IPv6 addresses of each network interface, in the kernel's order."""
 _T = TypeVar("_T", "DaemonConfig", "ClientConfig")
 
 
@@ -35,6 +41,14 @@ def parse_bytes(text: str) -> int:
     if match is None or match[2].lower() not in UNITS:
         raise ConfigError(f"{text!r} is no amount of memory; write it like 64GiB, 512MB or 1000000")
     return int(Decimal(match[1]) * UNITS[match[2].lower()])
+
+
+def parse_bandwidth(text: str) -> int:
+    """`2GB/s`, `2GB` or a plain number: bytes per second. ConfigError for anything else."""
+    try:
+        return parse_bytes(text.strip().removesuffix("/s"))
+    except ConfigError:
+        raise ConfigError(f"{text!r} is no bandwidth; write it like 2GB/s or 500MB/s: bytes, not bits") from None
 
 
 def default_socket(environment: Mapping[str, str]) -> Path:
@@ -51,11 +65,24 @@ def find_socket(environment: Mapping[str, str]) -> Path:
 
 @dataclass(frozen=True)
 class DaemonConfig:
-    """What `snapshotd serve` is told; each field is a flag, a key of the TOML file and SNAPSHOTD_<NAME>."""
+    """What `snapshotd serve` is told; each field is a flag, a key of the TOML file and SNAPSHOTD_<NAME>.
+
+    As `load_daemon_config` returns it, `listen` is empty (no network) or tcp://HOST:PORT, and `advertise` is empty (as
+    `listen`) or HOST:PORT. Port 0 stands for one that is known only once it is bound: any free one for `listen` and
+    `stream_port`, the one that `listen` got for `advertise`.
+    """
 
     node_id: str = ""
+    interface: str = ""
     listen: str = ""
     advertise: str = ""
+    stream_port: int = 0
+    domain: str = ""
+    peer_bandwidth: int = 0
+    scrub_bandwidth: int = 200 * 10**6
+    scrub_every_s: float = 300.0
+    codec: str = "auto"
+    authenticate: bool = True
     socket: Path = Path("/run/snapshotd.sock")
     shm_dir: Path = Path("/dev/shm/snapshotd")
     memory_limit: int = 0
@@ -69,22 +96,47 @@ class DaemonConfig:
         _within("claim_wait", self.claim_wait_s, 0.0, 600.0, "seconds")
         _within("lease", self.lease_s, 1.0, 90 * 24 * 3600.0, "seconds")
         _within("memory_limit", self.memory_limit, 0, 2**62, "bytes (0: no limit of our own)")
+        _within("stream_port", self.stream_port, 0, 65535, "(0: any free port)")
+        _within("peer_bandwidth", self.peer_bandwidth, 0, 2**62, "bytes per second (0: no limit)")
+        _within("scrub_bandwidth", self.scrub_bandwidth, 0, 2**62, "bytes per second (0: off)")
+        _within("scrub_every", self.scrub_every_s, 0.1, 30 * 24 * 3600.0, "seconds")
+        if self.codec not in CODECS:
+            raise ConfigError(f"codec is {self.codec!r}; it must be one of {', '.join(CODECS)}")
         if not _is_label(self.node_id):
             raise ConfigError(f"node_id is {self.node_id!r}; it is a label for people, printable and at most 200 bytes")
-        for name, value in (("listen", self.listen.removeprefix("tcp://")), ("advertise", self.advertise)):
-            if value:
-                parse_address(name, value)
-        if self.listen and not self.listen.startswith("tcp://"):
-            raise ConfigError(f"listen is {self.listen!r}; write it like tcp://127.0.0.1:7780")
-        host = parse_address("listen", self.listen.removeprefix("tcp://"))[0] if self.listen else "127.0.0.1"
-        if not _is_loopback(host):
-            raise ConfigError(
-                f"listen is {self.listen!r}, which is not loopback: daemons do not authenticate each other yet, so "
-                f"anyone who reaches this port could read training state; use tcp://127.0.0.1:PORT"
-            )
+        if not _is_label(self.domain):
+            raise ConfigError(f"domain is {self.domain!r}; write it like rack=7, printable and at most 200 bytes")
+        self._check_addresses()
         if len(os.fsencode(self.socket)) > 100:
             raise ConfigError(f"the socket's path {self.socket} is longer than the 100 bytes that Unix sockets allow")
         return self
+
+    def _check_addresses(self) -> None:
+        """Peers are sent to an address that is one; nobody beyond this machine reaches a daemon that believes all."""
+        if self.advertise:
+            host, _ = parse_address("advertise", self.advertise)
+            if not self.listen:
+                raise ConfigError(
+                    f"advertise is {self.advertise!r} but listen is not set, so peers would find nobody there; set both"
+                )
+            self._refuse_network("advertise", self.advertise, host)
+        if self.listen:
+            host, port = _parse_listen(self.listen)
+            self._refuse_network("listen", self.listen, host)
+            if not self.advertise and _is_wildcard(host):
+                raise ConfigError(
+                    f"listen is {self.listen!r}, which is every address of this machine, so peers would not know where "
+                    f"to find it; name an interface, or advertise one address"
+                )
+            if port and port == self.stream_port:
+                raise ConfigError(f"listen and stream_port are both {port}; each needs a port of its own (0: any free)")
+
+    def _refuse_network(self, name: str, value: str, host: str) -> None:
+        if not self.authenticate and not _is_loopback(host):
+            raise ConfigError(
+                f"{name} is {value!r}, which is not loopback, and authenticate is off: anyone who reaches this port "
+                f"could read training state; leave authenticate on"
+            )
 
 
 @dataclass(frozen=True)
@@ -109,12 +161,16 @@ class ClientConfig:
 def load_daemon_config(
     flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None
 ) -> DaemonConfig:
-    """The daemon's settings: flags that are not None, then SNAPSHOTD_…, then the file, then defaults."""
+    """The daemon's settings: flags that are not None, then SNAPSHOTD_…, then the file, then defaults.
+
+    Where an interface is named, its address is filled in.
+    """
     settings = _from_file(file, DaemonConfig)
     settings.update(_from_environment(environment, DaemonConfig))
     settings.update({name: value for name, value in flags.items() if value is not None})
     defaults = DaemonConfig(socket=default_socket(environment), shm_dir=Path(f"/dev/shm/snapshotd/{os.getuid()}"))
-    return _build(defaults, settings).check()
+    config = _build(defaults, settings)
+    return with_addresses(config, network_interfaces() if config.interface else {}).check()
 
 
 def load_client_config(environment: Mapping[str, str]) -> ClientConfig:
@@ -144,12 +200,62 @@ def job_name(explicit: str | None, environment: Mapping[str, str]) -> str:
 
 
 def parse_address(name: str, text: str) -> tuple[str, int]:
-    """`HOST:PORT` (`[::1]:PORT` for IPv6). ConfigError otherwise."""
+    """`HOST:PORT` (`[::1]:PORT` for IPv6; port `*` is 0). ConfigError otherwise."""
     host, colon, port = text.rpartition(":")
+    port = "0" if port == "*" else port
     valid = re.fullmatch(r"\[[0-9A-Fa-f:.]+\]|[^\s/\[\]:]+", host) and re.fullmatch(r"[0-9]{1,5}", port)
     if not colon or not valid or int(port) > 65535:
         raise ConfigError(f"{name} is {text!r}; write it like 127.0.0.1:7780, with a port below 65536")
     return host.strip("[]"), int(port)
+
+
+def network_interfaces() -> Interfaces:
+    """What this machine has now."""
+    import psutil  # takes time that a trainer and a daemon without a named interface need not spend
+
+    families = (sockets.AF_INET, sockets.AF_INET6)
+    table = psutil.net_if_addrs()
+    return {name: [one.address for one in rows if one.family in families] for name, rows in table.items()}
+
+
+def interface_address(name: str, interfaces: Interfaces) -> str:
+    """The first IPv4 address of an interface, else its first IPv6 address that is not link-local. ConfigError if there
+    is none, or no such interface."""
+    if name not in interfaces:
+        raise ConfigError(f"there is no network interface {name!r} here; there are {', '.join(sorted(interfaces))}")
+    found = [ipaddress.ip_address(text) for text in interfaces[name]]
+    for version in (4, 6):
+        for address in found:
+            if address.version == version and (version == 4 or not address.is_link_local):
+                return str(address)
+    raise ConfigError(f"the network interface {name} has no address that peers could use; bring it up, or name another")
+
+
+def with_addresses(config: DaemonConfig, interfaces: Interfaces) -> DaemonConfig:
+    """The config with the address of its interface as the host of `listen` and `advertise`, where these are not given
+    or have the host `*`; ports `*` become 0, and an advertised port 0 becomes that of `listen`. ConfigError for what
+    cannot be read or found."""
+    own = interface_address(config.interface, interfaces) if config.interface else ""
+    listen = config.listen or (f"tcp://*:{LISTEN_PORT}" if own else "")
+    if not listen:
+        return config
+    host, port = _parse_listen(listen)
+    advertise = config.advertise or ("*:0" if own else "")
+    if advertise:
+        known_as, known_port = parse_address("advertise", advertise)
+        advertise = _joined(known_as, known_port or port, own)
+    return replace(config, listen=f"tcp://{_joined(host, port, own)}", advertise=advertise)
+
+
+def _parse_listen(listen: str) -> tuple[str, int]:
+    if not listen.startswith("tcp://"):
+        raise ConfigError(f"listen is {listen!r}; write it like tcp://127.0.0.1:{LISTEN_PORT}")
+    return parse_address("listen", listen.removeprefix("tcp://"))
+
+
+def _joined(host: str, port: int, own: str) -> str:
+    host = own if own and host == "*" else host
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _is_label(text: str) -> bool:
@@ -161,6 +267,14 @@ def _is_loopback(host: str) -> bool:
     """An address of this machine that no other can reach. A name that merely begins like one is none."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _is_wildcard(host: str) -> bool:
+    """All addresses at once: good to listen on, and none that a peer could use."""
+    try:
+        return host == "*" or ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return False
 
@@ -202,8 +316,12 @@ def _convert(defaults: DaemonConfig | ClientConfig, name: str, value: Any) -> An
             raise TypeError(name)
         if name == "memory_limit":
             return parse_bytes(str(value))
+        if name in ("peer_bandwidth", "scrub_bandwidth"):
+            return parse_bandwidth(str(value))
         if isinstance(default, bool):
             return _boolean(value)
+        if isinstance(default, int) and isinstance(value, float):
+            raise TypeError(name)
         if isinstance(default, Path):
             return Path(str(value)).expanduser().absolute()
         return type(default)(value)

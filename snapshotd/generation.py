@@ -9,10 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from snapshotd import _native
+from snapshotd import _native, wire
 from snapshotd.arena import ArenaFile
+from snapshotd.cohort import Cohort, node_state
 from snapshotd.faults import crash_point
 from snapshotd.ledger import (
+    PARITY,
+    Abort,
     Action,
     Advance,
     Announce,
@@ -21,6 +24,7 @@ from snapshotd.ledger import (
     Decision,
     Empty,
     Ledger,
+    NodeState,
     Progress,
     RankView,
     SlotView,
@@ -30,6 +34,7 @@ from snapshotd.wire import GenerationId, SnapshotId
 
 SLOTS_MAX = 64
 ROUNDS_MAX = 8
+ABORTS_TOLD_MAX = 64
 TAGS = {
     Progress.FILLING: _native.FILLING,
     Progress.FULL: _native.FULL,
@@ -41,7 +46,11 @@ log = logging.getLogger("snapshotd")
 
 
 class Generation:
-    """Its arenas by rank: one each, two while a rank moves to a larger one (the larger one last)."""
+    """Its arenas by rank: one each, two while a rank moves to a larger one (the larger one last).
+
+    Parity sets stand under the pseudo-rank `PARITY`. On several nodes `cohort` knows the others; it is None for a job
+    of one node, and after an adoption until a trainer has named them again. Then nothing is decided here.
+    """
 
     def __init__(
         self,
@@ -59,10 +68,18 @@ class Generation:
     ) -> None:
         self.job, self.identity, self.world_size, self.every = job, identity, world_size, every
         self.files: dict[int, list[ArenaFile]] = {}
-        self.ledger = Ledger(identity, frozenset(ranks), restored=restored, fenced=fenced)
-        self.coordinator = Coordinator(frozenset([node]), every=every)
-        self.attached: set[int] = set()
+        ranks = frozenset(ranks)
+        alone = len(ranks) == world_size
+        self.ledger = Ledger(identity, ranks, restored=restored, needs_parity=not alone, fenced=fenced)
+        self.cohort: Cohort | None = None
+        self.coordinator = Coordinator(frozenset([node]), every=every) if alone else None
+        self.attached: set[int] = {PARITY}
         self.next_step: int | None = None
+        self.heard = 0
+        self.over = False  # every rank of every node closed its run: nothing of it is wanted back
+        self.trouble = ""  # why nothing is protected here, for people
+        self._obeyed = 0
+        self.told = (0, 0)  # commits and aborts, as a coordinator elsewhere counts them
         self._node, self._metrics, self._repeats = node, metrics, repeats
         self._by_ordinal: dict[int, ArenaFile] = {}
 
@@ -80,19 +97,50 @@ class Generation:
         return self.ledger.committed is not None or any(file.native.committed_step for file in self.all_files())
 
     def all_files(self) -> list[ArenaFile]:
-        """Every arena of the generation, by rank."""
+        """Every arena of the generation, by rank; parity first."""
         return [file for _, files in sorted(self.files.items()) for file in files]
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Other nodes have ranks of it too."""
+        return self.coordinator is None or self.cohort is not None
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Commits and aborts of the whole generation."""
+        return (self.coordinator.commits, self.coordinator.aborts) if self.coordinator is not None else self.told
+
+    def rank_files(self) -> list[ArenaFile]:
+        """The arenas of ranks."""
+        return [file for file in self.all_files() if not file.is_parity]
+
+    def parity_files(self) -> list[ArenaFile]:
+        """The arenas that hold this node's parity sets, the largest last."""
+        return self.files.get(PARITY, [])
+
+    def join(self, cohort: Cohort, ranks: Iterable[int]) -> None:
+        """The nodes of this generation, as a trainer named them. A daemon that adopted it learns of them again."""
+        self.ledger.ranks = frozenset(ranks)
+        if cohort.same_as(self.cohort):
+            assert self.cohort is not None
+            cohort.states, cohort.heard_s = self.cohort.states, self.cohort.heard_s
+        elif cohort.coordinates:
+            announced = max((file.native.committed_step for file in self.all_files()), default=0)
+            me = cohort.name(cohort.me)
+            self.coordinator = Coordinator(cohort.names(), every=self.every, announced=announced, me=me)
+        self.cohort = cohort
+        self.ledger.needs_parity = cohort.parity_here > 0
 
     def add(self, file: ArenaFile) -> None:
         """Take an arena in; it counts once its rank is attached."""
-        files = self.files.setdefault(file.owner.rank, [])
+        files = self.files.setdefault(_place_of(file), [])
         files.append(file)
         files.sort(key=lambda one: (one.slot_bytes, one.ordinal))
         self._by_ordinal[file.ordinal] = file
 
     def remove(self, file: ArenaFile) -> None:
         """Let an arena go: freed, or inherited by another generation."""
-        rank = file.owner.rank
+        rank = _place_of(file)
         self._by_ordinal.pop(file.ordinal, None)
         self.files[rank].remove(file)
         if not self.files[rank]:
@@ -116,14 +164,137 @@ class Generation:
         decisions: list[Decision] = []
         for _ in range(ROUNDS_MAX):
             changed = self._observe()
-            fresh = self.coordinator.observe(self._node, self.ledger.state())
-            for decision in fresh:
-                self._carry_out(decision)
+            fresh = self._decide(self._name(), self.node_state())
             decisions += fresh
             if not fresh and not changed:
                 break
         self._name_next()
         return decisions
+
+    def _decide(self, node: str, state: NodeState) -> list[Decision]:
+        """What the coordinator makes of a node's state, carried out here. Nothing where another node coordinates."""
+        fresh = self.coordinator.observe(node, state) if self.coordinator is not None else []
+        for decision in fresh:
+            self._carry_out(decision)
+        return fresh
+
+    def _name(self) -> str:
+        return self.cohort.name(self.cohort.me) if self.cohort is not None else self._node
+
+    # --- several nodes ----------------------------------------------------------------------------
+
+    def node_state(self) -> NodeState:
+        """What this node publishes, as far as the vote goes."""
+        state = self.ledger.state()
+        return NodeState(state.complete, state.passed, state.held, self.heard)
+
+    def publication(self, serial: int) -> wire.Publish:
+        """What this node tells the coordinator and its group."""
+        assert self.cohort is not None
+        state = self.ledger.state()
+        held: list[wire.HeldShard] = []
+        for rank in sorted(self.attached & self.files.keys() - {PARITY}):
+            for file in self.files[rank]:
+                held += self._held(rank, file)
+        return wire.Publish(
+            job=self.job,
+            generation=self.identity,
+            node=self.cohort.me,
+            serial=serial,
+            complete=state.complete,
+            closed=self.closed(),
+            passed=dict(state.passed),
+            held=held,
+            naming=self.heard,
+            committed=self.ledger.committed or 0,
+            aborted=self.ledger.aborted(),
+            trouble=wire.clip(self.trouble),
+        )
+
+    def _held(self, rank: int, file: ArenaFile) -> list[wire.HeldShard]:
+        found = []
+        for view in views(file):
+            if view.snapshot is None or view.progress is Progress.DAMAGED:
+                continue
+            info = file.native.slot(view.index)
+            shape = wire.ShardShape(info.rank, info.file_bytes, file.block_bytes, info.fingerprint)
+            standing = self.ledger.standing(view) if view.progress >= Progress.FULL else view.progress
+            found.append(wire.HeldShard(rank, view.snapshot, standing.name, file.arena_id, view.index, shape))
+        return found
+
+    def closed(self) -> bool:
+        """Every rank of this node has closed its run."""
+        own = {rank: files for rank, files in self.files.items() if rank != PARITY}
+        return set(own) == set(self.ledger.ranks) and all(one.owner.closed for files in own.values() for one in files)
+
+    def hear(self, said: wire.Publish, now_s: float) -> list[Decision]:
+        """A peer's state. Returns what was decided by it, where this node coordinates."""
+        if self.cohort is None or self.ledger.fenced or not self.cohort.hear(said, now_s):
+            return []
+        name = self.cohort.name(said.node)
+        decisions = self._decide(name, node_state(said, self.identity, self.restored))
+        self._name_next()
+        return decisions
+
+    def obey(self, decree: wire.Decree) -> list[Decision]:
+        """The coordinator's word. Repeating it does no harm."""
+        cohort = self.cohort
+        if cohort is None or self.ledger.fenced or cohort.coordinates or decree.node != cohort.coordinator:
+            return []
+        if decree.serial <= self._obeyed:
+            return []  # an older one that came late: what it asks for is over
+        self._obeyed = decree.serial
+        decisions: list[Decision] = []
+        committed = self.ledger.committed or 0
+        if decree.committed > committed:
+            decisions.append(Commit(decree.committed, f"{cohort.name(decree.node)} said so"))
+        decisions += [
+            Abort(step, f"{cohort.name(decree.node)} said so")
+            for step in decree.aborted
+            if step > max(committed, decree.committed)
+            and step in self.ledger.state().steps(Progress.DAMAGED)
+            and not self.ledger.has_aborted(step)
+        ]
+        for decision in decisions:
+            self._carry_out(decision)
+        self.told = decree.commits, decree.aborts
+        if decree.naming and (decree.naming, decree.next_step) != (self.heard, self.next_step):
+            self.heard, self.next_step = decree.naming, decree.next_step
+            for file in self.rank_files():
+                name(file, decree.next_step)
+        return decisions
+
+    def decree(self, serial: int, closed: bool) -> wire.Decree:
+        """What the coordinator tells every node."""
+        assert self.cohort is not None and self.coordinator is not None
+        return wire.Decree(
+            job=self.job,
+            generation=self.identity,
+            node=self.cohort.me,
+            serial=serial,
+            committed=self.coordinator.committed or 0,
+            aborted=self.coordinator.aborted()[-ABORTS_TOLD_MAX:],
+            next_step=self.next_step or 0,
+            naming=self.heard,
+            closed=closed,
+            commits=self.coordinator.commits,
+            aborts=self.coordinator.aborts,
+        )
+
+    def is_behind(self, said: wire.Publish) -> bool:
+        """A node's state does not show yet all that the coordinator decided."""
+        assert self.coordinator is not None
+        held = {one.snapshot.step for one in said.held if one.snapshot.generation == self.identity}
+        return (
+            said.committed < (self.coordinator.committed or 0)
+            or said.naming != self.heard
+            or bool(held & set(self.coordinator.aborted()))
+        )
+
+    def parity_whole(self, step: int, file: ArenaFile | None = None, index: int = 0) -> None:
+        """The parity that this node owns of this step is complete, and stands there."""
+        slot = None if file is None else file.ordinal * SLOTS_MAX + index
+        self._perform(self.ledger.parity_whole(step, slot))
 
     def died(self, rank: int) -> int:
         """The rank's trainer is gone: empty what it was filling. Returns how many slots that were."""
@@ -186,9 +357,9 @@ class Generation:
         file, index = self._place(action.slot)
         size_bytes = file.native.slot(index).file_bytes
         moved = file.native.advance(index, TAGS[action.state], TAGS[action.to])
-        if moved:
+        if moved and action.to is Progress.COMMITTED:
             crash_point("commit.marked")
-            self._metrics.add("committed_bytes", size_bytes)
+            self._metrics.add("committed_bytes", 0 if file.is_parity else size_bytes)
         return moved
 
     def _empty(self, action: Empty) -> bool:
@@ -218,16 +389,22 @@ class Generation:
             file.native.wake()
 
     def _name_next(self) -> None:
-        step = self.coordinator.name_next()
-        if step is None:
+        step = self.coordinator.name_next() if self.coordinator is not None else None
+        if step is None or self.coordinator is None:
             return
         crash_point("named.before")
-        self.next_step = step
-        for file in self.all_files():
+        self.next_step, self.heard = step, self.coordinator.naming
+        for file in self.rank_files():
             name(file, step)
+        # This node has heard at once: without its word the name would seem to lag until its next look.
+        self.coordinator.observe(self._name(), self.node_state())
 
     def _place(self, combined: int) -> tuple[ArenaFile, int]:
         return self._by_ordinal[combined // SLOTS_MAX], combined % SLOTS_MAX
+
+
+def _place_of(file: ArenaFile) -> int:
+    return PARITY if file.is_parity else file.owner.rank
 
 
 def name(file: ArenaFile, step: int) -> None:

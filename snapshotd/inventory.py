@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from snapshotd import wire
+from snapshotd import parityset, wire
 from snapshotd.arena import ArenaFile
+from snapshotd.errors import ProtocolError
 from snapshotd.generation import views
 from snapshotd.ledger import Progress
-from snapshotd.wire import ArenaReport, Shard
+from snapshotd.wire import ArenaReport, ParityReport, Shard
 
 
 def report(file: ArenaFile) -> ArenaReport:
@@ -19,6 +20,8 @@ def report(file: ArenaFile) -> ArenaReport:
         last_commit=file.native.committed_step,
         ever_committed=file.native.ever_committed,
         restored=file.restored,
+        room=file.native.slots - sum(view.progress is not Progress.DAMAGED for view in views(file)),
+        closed=file.owner.closed,
     )
 
 
@@ -37,8 +40,46 @@ def shards(file: ArenaFile) -> list[Shard]:
                     world_size=info.world_size,
                     fingerprint=info.fingerprint,
                     file_bytes=info.file_bytes,
+                    block_bytes=file.block_bytes,
                 )
             )
+    return found
+
+
+def parities(file: ArenaFile) -> list[ParityReport]:
+    """The parity sets of a parity arena that are whole, with what they protect."""
+    found = []
+    for view in views(file):
+        described = described_in(file, view.index) if view.progress >= Progress.FULL else None
+        if described is None or described.snapshot != view.snapshot:
+            continue
+        found.append(
+            ParityReport(
+                snapshot=described.snapshot,
+                arena=file.arena_id,
+                slot=view.index,
+                progress=view.progress.name,
+                position=described.position,
+                layout=described.layout,
+            )
+        )
+    return found
+
+
+def described_in(file: ArenaFile, slot: int) -> parityset.Description | None:
+    """The description of a whole parity set; read once, since its bytes do not change. None where it is damaged."""
+    info = file.native.slot(slot)
+    known = file.described.get(slot)
+    if known is not None and known[0] == info.fingerprint and known[1].snapshot.step == info.step:
+        return known[1]
+    view = file.native.slot_view(slot)
+    try:
+        found = parityset.read(view)
+    except ProtocolError:
+        return None
+    finally:
+        view.release()
+    file.described[slot] = (info.fingerprint, found)
     return found
 
 

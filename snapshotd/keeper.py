@@ -13,21 +13,23 @@ import os
 from collections.abc import Callable, Iterable
 
 from snapshotd import _native, wire
-from snapshotd.arena import ArenaFile, Free, Granted, HeldBy, slug
+from snapshotd.arena import OWNER_FIELDS, PARITY_INDEX, ArenaFile, Free, Granted, HeldBy, slug
 from snapshotd.claims import Claims, ownership
 from snapshotd.clock import Clock
+from snapshotd.cohort import Cohort
 from snapshotd.config import DaemonConfig
 from snapshotd.errors import Refused, SnapshotGone
 from snapshotd.faults import crash_point
 from snapshotd.generation import Generation, name, snapshot_in, views
-from snapshotd.inventory import complaints, report, shards
-from snapshotd.ledger import Commit, Progress, superseded
-from snapshotd.liveness import Watch, holder_pid
+from snapshotd.inventory import complaints, parities, report, shards
+from snapshotd.ledger import PARITY, Commit, Decision, Progress, superseded
 from snapshotd.metrics import Metrics, Repeats
 from snapshotd.root import Damaged, Draft, Root
-from snapshotd.wire import ArenaReport, GenerationId, Inventory, Shard, SnapshotId
+from snapshotd.wire import ArenaReport, GenerationId, Inventory, ParityReport, Shard, SnapshotId
 
 VERIFY_THREADS = 2
+OVER_AT_S = 1
+"""Stands for the time of release of an arena whose run is over on every node: its lease has run out."""
 log = logging.getLogger("snapshotd")
 
 
@@ -50,8 +52,14 @@ class Keeper:
         self.files: dict[bytes, ArenaFile] = {}
         self.generations: dict[tuple[str, GenerationId], Generation] = {}
         self.damaged: list[Damaged] = []
-        self.claims = Claims(self.files, self.generations)
+        self.claims = Claims(self.files, self.generations, root.node)
+        self.on_look: Callable[[Generation], None] = lambda _: None
+        self.hopeless: dict[str, list[SnapshotId]] = {}
+        self.on_orphan: Callable[[ArenaFile], None] = lambda _: None
         self._loop, self._on_change = loop, on_change
+        self.met: dict[str, dict[bytes, str]] = {}  # by job: nodes that may hold some of it, and their addresses
+        self.reached_at = ("", "")  # where peers reach this daemon: its messages, its byte streams
+        self.badge: wire.Badge | None = None  # by which they know that it is this one
         self._repeats = Repeats(log, clock)
 
     # --- starting and ending ----------------------------------------------------------------------
@@ -61,8 +69,8 @@ class Keeper:
         files, self.damaged = self.root.scan()
         for one in self.damaged:
             log.warning("%s", one.sentence)
-        for file in files:
-            self._adopt(file)
+        for file in sorted(files, key=lambda one: one.is_parity):
+            self._adopt(file, [one.owner.rank for one in files if _same_generation(one, file)])
         for generation in list(self.generations.values()):
             if any(file.owner.fenced for file in generation.all_files()):
                 generation.fence()
@@ -78,15 +86,21 @@ class Keeper:
             file.close()
         self.root.close()
 
-    def _adopt(self, file: ArenaFile) -> None:
+    def _adopt(self, file: ArenaFile, found: list[int]) -> None:
+        """`found` are the ranks whose arenas were found. On several nodes a trainer names all of them again."""
         owner = file.owner
-        generation = self._generation(
-            file.job, file.generation, range(owner.local_world), owner.world_size, owner.every, file.restored
-        )
+        ranks = range(owner.world_size) if owner.local_world == owner.world_size else found
+        generation = self._generation(file.job, file.generation, ranks, owner.world_size, owner.every, file.restored)
         self._add(file, generation)
+        if file.is_parity:
+            for view in views(file):
+                if view.progress is Progress.FILLING:  # nobody goes on with a set that is half added up
+                    file.native.empty(view.index)
+            return
         self._verify_undecided(file)
         generation.attached.add(owner.rank)
-        pid = holder_pid(file.lock_fd)
+        generation.over |= owner.closed and owner.released_at_s == OVER_AT_S
+        pid = file.held_by()
         if pid is not None:
             self.hold(file, pid or owner.pid, session=0)
             return
@@ -102,33 +116,35 @@ class Keeper:
         for view in views(file):
             if view.progress not in (Progress.FULL, Progress.PROTECTED) or view.snapshot is None:
                 continue
-            broken = self._broken_blocks(file, view.index)
+            broken = self.broken_blocks(file, view.index)
             if broken:
                 why = f"{len(broken)} blocks fail their checksum, the first is block {broken[0]}"
                 file.quarantined[view.index] = (view.snapshot, why)
                 self.metrics.add("quarantined")
                 log.warning("job %r: %s of rank %d is set aside: %s", file.job, view.snapshot, file.owner.rank, why)
 
-    def _broken_blocks(self, file: ArenaFile, slot: int) -> list[int]:
-        """Through a mapping of its own: the pages that were read would else count as this daemon's memory for good."""
-        mapping = _native.Arena(file.fd, writable=False)
-        try:
-            return mapping.verify(slot, VERIFY_THREADS)
-        finally:
-            mapping.close()
+    def broken_blocks(self, file: ArenaFile, slot: int) -> list[int]:
+        """Blocks of a slot that fail their checksum."""
+        return file.broken_blocks(slot, VERIFY_THREADS)
 
     # --- generations ------------------------------------------------------------------------------
 
     def look(self, generation: Generation) -> None:
         """Something happened in this generation's arenas: decide, and free what a commit made useless."""
-        if any(isinstance(decision, Commit) for decision in generation.look()):
+        self.after(generation, generation.look())
+
+    def after(self, generation: Generation, decisions: Iterable[Decision]) -> None:
+        """Decisions were carried out in a generation: free what they made useless, and tell whoever wants to know."""
+        if any(isinstance(decision, Commit) for decision in decisions):
             self._free_superseded(generation)
+            if generation.cohort is not None:  # what its nodes hold is all that is wanted from now on
+                self.met[generation.job] = {place.node: place.address for place in generation.cohort.others()}
         self._free_outgrown(generation)
+        self.on_look(generation)
 
     def ring(self, file: ArenaFile) -> None:
         """A trainer rang: something in its arena changed."""
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(file.bell_fd)
+        file.silence_bell()
         self.look(self.generation_of(file))
 
     def look_everywhere(self) -> None:
@@ -190,32 +206,68 @@ class Keeper:
             raise SnapshotGone(f"the arena that rank {ask.rank} asks for is not here any more; restart the job")
         if not file.owner.fenced or isinstance(file.holder, Granted):
             raise Refused(f"the arena that rank {ask.rank} asks for is in use by generation {file.generation}")
+        previous = self.generation_of(file)
         if file.slot_bytes < ask.slot_bytes:
             raise Refused(
                 f"rank {ask.rank} needs slots of {ask.slot_bytes} bytes and the arena that it asks for has slots of "
                 f"{file.slot_bytes}; ask for a new one"
             )
-        if ask.restored is not None and not any(one.snapshot == ask.restored for one in shards(file)):
+        holds = any(one.snapshot == ask.restored for one in shards(file))
+        if ask.restored is not None and not holds and not ask.rebuild:
             raise SnapshotGone(f"the arena that rank {ask.rank} asks for does not hold {ask.restored}; restart the job")
-        previous = self.generation_of(file)
         for view in views(file):
-            if view.progress is Progress.FILLING:
+            if view.progress is Progress.FILLING and not file.pins[view.index]:  # pinned: a thread decodes into it
                 file.native.empty(view.index)
         previous.remove(file)
         crash_point("inherit.before")
-        native = file.native
-        native.passed, native.next_step, native.committed_step, native.aborted_step = ask.passed, 0, 0, 0
-        file.amend(**ownership(ask, pid, self.clock.wall_s()))
+        generation = self._join(ask)
+        # The arena first: whoever comes after a crash between the two finds parity without ranks, which it takes too.
+        for one in [file, *self._parity_to_inherit(ask, previous)]:
+            native = one.native
+            native.passed, native.next_step, native.committed_step, native.aborted_step = ask.passed, 0, 0, 0
+            rank = one.owner.rank if one.is_parity else ask.rank
+            if one is not file:
+                old = self.generation_of(one)
+                old.remove(one)
+                self._forget_if_bare(old)
+            one.amend(**(ownership(ask, pid, self.clock.wall_s()) | {"rank": rank}))
+            self._add(one, generation)
+        if ask.committed:
+            self._mark_committed(ask.restored, generation)
         crash_point("inherit.after")
         self._forget_if_bare(previous)
-        self._add(file, self._join(ask))
+        file.awaits_rebuild = ask.rebuild
         self.metrics.add("arenas_inherited")
         return file
+
+    def _mark_committed(self, restored: SnapshotId | None, generation: Generation) -> None:
+        """Others had heard of its commit: what is older gives way to it here too, if a slot is needed."""
+
+        def of(files: Iterable[ArenaFile]) -> list[tuple[ArenaFile, int]]:
+            return [(file, view.index) for file in files for view in views(file)
+                    if view.snapshot == restored and view.progress >= Progress.FULL]  # fmt: skip
+
+        sets = of(generation.parity_files())
+        for file, index in [*of(generation.rank_files()), *(sets if len(sets) == 1 else [])]:
+            file.native.advance(index, file.native.slot(index).state, _native.COMMITTED)
+
+    def _parity_to_inherit(self, ask: wire.Attach, previous: Generation) -> list[ArenaFile]:
+        """Parity arenas that come along with a first inherited arena."""
+        if ask.restored is None:
+            return []
+        return [
+            file
+            for generation in self.of_job(ask.job)
+            if generation.identity != ask.generation and (generation is previous or not generation.rank_files())
+            for file in generation.parity_files()
+        ]
 
     def free_unused(self, ask: wire.Attach) -> None:
         """A run starts afresh: what earlier generations left without ever committing it is of no use to anyone."""
         for file in list(self.files.values()):
-            unused = file.job == ask.job and file.generation != ask.generation and not file.native.ever_committed
+            if file.gone or file.job != ask.job or file.generation == ask.generation:
+                continue
+            unused = not file.native.ever_committed
             if unused and isinstance(file.holder, Free) and not file.pinned:
                 self.free(file, "it was never committed and its job began anew")
 
@@ -231,7 +283,23 @@ class Keeper:
         )
         file.native.passed = ask.passed
         file.fresh = True
+        file.awaits_rebuild = ask.rebuild
         self._add(file, self._join(ask))
+        self.metrics.add("arenas_created")
+        return file
+
+    def install_parity(self, draft: Draft, generation: Generation, slot_bytes: int, block_bytes: int) -> ArenaFile:
+        """Make a reserved draft the parity arena of a generation."""
+        like = generation.rank_files()[0].owner
+        file = self.root.finish(
+            draft,
+            job=generation.job,
+            local_index=PARITY_INDEX,
+            slot_bytes=slot_bytes,
+            block_bytes=block_bytes,
+            owner={name: getattr(like, name) for name in OWNER_FIELDS} | {"rank": PARITY_INDEX, "pid": 0},
+        )
+        self._add(file, generation)
         self.metrics.add("arenas_created")
         return file
 
@@ -241,10 +309,15 @@ class Keeper:
         file.amend(pid=pid, released_at_s=0)
         if not file.watched:
             file.watched = True
-            Watch(file.lock_fd, lambda: self._hand_over(file))
+            file.watch(lambda: self._hand_over(file))
 
     def attached(self, file: ArenaFile) -> None:
-        """The rank of this arena counts from now on; it hears what was decided and named before it came."""
+        """The rank of this arena counts from now on; it hears what was decided and named before it came.
+
+        One that waits for a rebuild counts once that is over: until then it would seem to be past the step without it.
+        """
+        if file.awaits_rebuild:
+            return
         generation = self.generation_of(file)
         generation.attached.add(file.owner.rank)
         committed = generation.ledger.committed
@@ -259,7 +332,7 @@ class Keeper:
         holder = file.holder
         if not isinstance(holder, Granted) or file.gone:
             return
-        if holder_pid(file.lock_fd) is not None:
+        if file.held_by() is not None:
             self.hold(file, holder.pid, session=0)
             self.attached(file)
             return
@@ -269,7 +342,16 @@ class Keeper:
         self._on_change()
 
     def _join(self, ask: wire.Attach) -> Generation:
-        return self._generation(ask.job, ask.generation, ask.local_ranks, ask.world_size, ask.every, ask.restored)
+        generation = self._generation(ask.job, ask.generation, ask.local_ranks, ask.world_size, ask.every, ask.restored)
+        cohort = Cohort.of(ask, self.root.node)
+        if cohort is not None:
+            generation.join(cohort, ask.local_ranks)
+            self.met.setdefault(ask.job, {}).update({place.node: place.address for place in cohort.others()})
+        return generation
+
+    def rejoin(self, ask: wire.Attach) -> None:
+        """A trainer came back to its own arena: where this daemon is a new one, it learns of the peers again."""
+        self._join(ask)
 
     def _add(self, file: ArenaFile, generation: Generation) -> None:
         if file.arena_id not in self.files:
@@ -291,8 +373,10 @@ class Keeper:
             return
         holder, file.holder = file.holder, Free()
         generation = self.generation_of(file)
-        emptied = generation.died(file.owner.rank)
+        emptied = 0 if file.awaits_rebuild else generation.died(file.owner.rank)  # its rebuild empties the slot itself
         file.amend(released_at_s=int(self.clock.wall_s()))
+        if file.awaits_rebuild:
+            self.on_orphan(file)
         if not file.owner.closed:
             self.metrics.add("deaths")
             self.metrics.add("slots_emptied_after_death", emptied)
@@ -319,29 +403,49 @@ class Keeper:
         self._loop.remove_reader(file.bell_fd)
         file.free()
         self.metrics.add("arenas_freed")
+        if not file.is_parity and not generation.rank_files():
+            for parity in [one for one in generation.parity_files() if not one.pinned]:
+                self.free(parity, "it protects nothing of this node any more")
         self._forget_if_bare(generation)
         self._on_change()
 
     def _forget_if_bare(self, generation: Generation) -> None:
         if not generation.files:
             self.generations.pop((generation.job, generation.identity), None)
+            if not self.of_job(generation.job):
+                self.met.pop(generation.job, None)
 
     def _free_if_closed(self, generation: Generation, begun: bool = False) -> None:
-        """`begun`: arenas of closed ranks may be gone already (a daemon died while it freed them)."""
+        """`begun`: arenas of closed ranks may be gone already (a daemon died while it freed them).
+
+        On several nodes a node that has closed may still be needed: nothing goes before all nodes have (`over`).
+        """
         files = generation.all_files()
-        closed = {rank for rank, own in generation.files.items() if all(file.owner.closed for file in own)}
-        everyone = set(generation.files) if begun else set(generation.ledger.ranks)
-        if not files or closed != everyone or any(file.pinned for file in files):
+        own = {rank: held for rank, held in generation.files.items() if rank != PARITY}
+        closed = {rank for rank, held in own.items() if all(file.owner.closed for file in held)}
+        everyone = set(own) if begun else set(generation.ledger.ranks)
+        if not own or closed != everyone or any(file.pinned for file in files):
+            return
+        if generation.spans_nodes and not generation.over:
+            self.on_look(generation)
             return
         self._free_superseded(generation)
         for file in files:
-            self.free(file, "every rank closed its run")
+            if not file.gone:
+                self.free(file, "every rank closed its run")
+
+    def run_over(self, generation: Generation) -> None:
+        """Every rank of every node closed its run. Written down first: who dies while freeing has nobody to ask."""
+        generation.over = True
+        for file in generation.all_files():
+            file.amend(released_at_s=OVER_AT_S)
+        self._free_if_closed(generation)
 
     def _free_superseded(self, generation: Generation) -> None:
         others = [(one.identity, one.restored, one.ever_committed) for one in self.of_job(generation.job)]
         for identity in superseded(generation.identity, generation.restored, others):
             for file in self.generations[generation.job, identity].all_files():
-                if isinstance(file.holder, Free) and not file.pinned:
+                if isinstance(file.holder, Free) and not file.pinned and not file.gone:
                     self.free(file, f"generation {generation.identity} went on from it and has committed")
 
     def _free_outgrown(self, generation: Generation) -> None:
@@ -361,11 +465,23 @@ class Keeper:
         """Free what no trainer came back for within the lease."""
         now_s = self.clock.wall_s()
         for generation in list(self.generations.values()):
-            files = generation.all_files()
+            files = generation.rank_files()
+            if not files:
+                self._free_stray_parity(generation)
+                continue
             left_alone = all(isinstance(file.holder, Free) and not file.pinned for file in files)
             if left_alone and min(self.lease_left_s(file, now_s) for file in files) <= 0:
                 for file in files:
-                    self.free(file, f"no trainer came back for it within {self.config.lease_s:g} s")
+                    if not file.gone:
+                        self.free(file, f"no trainer came back for it within {self.config.lease_s:g} s")
+
+    def _free_stray_parity(self, generation: Generation) -> None:
+        """Parity without a rank's arena (a crash in the middle of an inheritance) stays while its job has others."""
+        if any(one.rank_files() for one in self.of_job(generation.job)):
+            return
+        for file in list(generation.parity_files()):
+            if not file.pinned:
+                self.free(file, "it protects nothing of this node any more")
 
     def lease_left_s(self, file: ArenaFile, now_s: float) -> float:
         """Seconds until an arena without a trainer is freed; the whole lease while one holds it."""
@@ -375,9 +491,10 @@ class Keeper:
 
     def collect(self, job: str | None, number: int | None) -> wire.Collected:
         """Dismiss what no living trainer holds."""
-        freed, freed_bytes, kept = 0, 0, []
+        freed, kept = 0, []
+        before = self.total_bytes()
         for file in list(self.files.values()):
-            if job not in (None, file.job) or number not in (None, file.owner.generation):
+            if file.is_parity or job not in (None, file.job) or number not in (None, file.owner.generation):
                 continue
             what = f"job {file.job!r}, generation {file.generation}, rank {file.owner.rank}"
             if not isinstance(file.holder, Free):
@@ -385,9 +502,13 @@ class Keeper:
             elif file.pinned:
                 kept.append(wire.clip(f"{what} is being read"))
             else:
-                freed, freed_bytes = freed + 1, freed_bytes + file.total_bytes
+                freed += 1
                 self.free(file, "a person dismissed it")
-        return wire.Collected(freed, freed_bytes, kept)
+        return wire.Collected(freed, before - self.total_bytes(), kept)
+
+    def total_bytes(self) -> int:
+        """Memory of all arenas, parity included."""
+        return sum(file.total_bytes for file in self.files.values())
 
     # --- reading ----------------------------------------------------------------------------------
 
@@ -395,13 +516,29 @@ class Keeper:
         """What this node holds of a job. Changes nothing."""
         offered: list[Shard] = []
         arenas: list[ArenaReport] = []
+        sets: list[ParityReport] = []
         damaged = [wire.clip(one.sentence) for one in self.damaged if one.job == slug(job)]
         for file in self.files.values():
-            if file.job == job:
-                arenas.append(report(file))
-                offered += shards(file)
-                damaged += complaints(file)
-        return Inventory(self.root.node, self.label, offered, arenas, damaged)
+            if file.job != job or self.generation_of(file).over:
+                continue
+            damaged += complaints(file)
+            if file.is_parity:
+                sets += parities(file)
+                continue
+            arenas.append(report(file))
+            offered += shards(file)
+        return Inventory(
+            self.root.node,
+            self.label,
+            offered,
+            arenas,
+            damaged,
+            sets,
+            self.hopeless.get(job, []),
+            *self.reached_at,
+            self.config.domain,
+            self.badge,
+        )
 
     def pin(self, ask: wire.OpenShard) -> ArenaFile:
         """Keep a shard as it is while somebody reads it. SnapshotGone if it is not there (any more)."""
@@ -429,7 +566,13 @@ class Keeper:
             return
         if snapshot_in(file.native.slot(ask.slot)) == ask.snapshot and ask.slot not in file.quarantined:
             file.quarantined[ask.slot] = (ask.snapshot, ask.why)
+            if file.is_parity:
+                self.generation_of(file).ledger.parity_gone(ask.snapshot.step)
             self.metrics.add("quarantined")
             log.warning(
                 "job %r: the shard of rank %d of %s is set aside: %s", file.job, file.owner.rank, ask.snapshot, ask.why
             )
+
+
+def _same_generation(one: ArenaFile, other: ArenaFile) -> bool:
+    return not one.is_parity and (one.job, one.generation) == (other.job, other.generation)

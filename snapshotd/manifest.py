@@ -157,7 +157,14 @@ def read(view: memoryview, file_bytes: int) -> Manifest:
     length = int.from_bytes(view[:8], "little")
     if length > min(HEADER_BYTES_MAX, file_bytes - 8):
         raise ProtocolError("manifest", f"a snapshot's header claims {length} bytes in a file of {file_bytes}")
-    header = bytes(view[: 8 + length])
+    return read_header(bytes(view[: 8 + length]), file_bytes)
+
+
+def read_header(header: bytes, file_bytes: int) -> Manifest:
+    """The manifest of a file of which only the header (its length included) is here. ProtocolError as `read`."""
+    length = int.from_bytes(header[:8], "little")
+    if length > min(HEADER_BYTES_MAX, file_bytes - 8) or len(header) != 8 + length:
+        raise ProtocolError("manifest", f"a snapshot's header claims {length} bytes and has {len(header) - 8}")
     try:
         return _read_table(header, json.loads(header[8:].decode(), object_pairs_hook=_once_each), file_bytes)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -20,9 +20,18 @@ COUNTERS: Final = {
     "refused": "requests answered with a refusal, by kind",
     "dropped": "frames and connections dropped, by reason",
     "quarantined": "shards that failed their checksums",
+    "parity_made": "parity sets made whole",
+    "parity_bytes": "bytes of the parity sets made",
+    "served_bytes": "bytes sent to readers on other nodes",
+    "rebuilt": "lost shards decoded here",
+    "rebuilt_bytes": "bytes of the shards decoded here",
+    "scrub_checked": "blocks of committed shards and parity that were read again",
+    "scrub_found": "blocks among them that had rotted in memory",
+    "scrub_repaired": "blocks among those that were repaired from the rest of their group",
     "errors": "events that ended in an exception of our own; the log has the traceback",
 }
 _REASONS_MAX = 64
+_OTHERS = "others"
 
 
 class Metrics:
@@ -52,7 +61,11 @@ class Metrics:
 
 
 class Repeats:
-    """Logs the first line of each kind at once, and its repetitions at most once per `pause_s`, with their number."""
+    """Logs the first line of each kind at once, and its repetitions at most once per `pause_s`, with their number.
+
+    Kinds come from outside as well: `_REASONS_MAX` of a pause are told apart and the rest are one kind, so that there
+    are never more lines in a pause than that and one.
+    """
 
     def __init__(self, log: logging.Logger, clock: Clock, pause_s: float = 60.0) -> None:
         self._log, self._clock, self._pause_s = log, clock, pause_s
@@ -60,12 +73,21 @@ class Repeats:
 
     def warning(self, kind: str, sentence: str) -> None:
         """Log `sentence`, unless this kind was logged within the pause."""
+        self._say(logging.WARNING, kind, sentence, None)
+
+    def error(self, kind: str, sentence: str, why: BaseException | None) -> None:
+        """The same with a traceback."""
+        self._say(logging.ERROR, kind, sentence, why)
+
+    def _say(self, level: int, kind: str, sentence: str, why: BaseException | None) -> None:
         now_s = self._clock.monotonic_s()
+        if kind not in self._last and len(self._last) >= _REASONS_MAX:
+            self._last = {old: at for old, at in self._last.items() if now_s - at[0] < self._pause_s}
+            kind = kind if len(self._last) < _REASONS_MAX else _OTHERS
         last_s, held_back = self._last.get(kind, (-self._pause_s, 0))
         if now_s - last_s < self._pause_s:
             self._last[kind] = (last_s, held_back + 1)
             return
-        if len(self._last) >= _REASONS_MAX:
-            self._last.clear()
         self._last[kind] = (now_s, 0)
-        self._log.warning("%s%s", sentence, f" ({held_back} more like this since)" if held_back else "")
+        more = f" ({held_back} more like this since)" if held_back else ""
+        self._log.log(level, "%s%s", sentence, more, exc_info=why)

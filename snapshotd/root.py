@@ -14,16 +14,19 @@ import secrets
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from snapshotd import _native
-from snapshotd.arena import OPEN_FLAGS, SLOTS, ArenaFile, lock_name, read_owner, remove, slug
+from snapshotd.arena import OPEN_FLAGS, PARITY_INDEX, SLOTS, ArenaFile, lock_name, read_owner, remove, slug
 from snapshotd.errors import ConfigError, NoRoom, SnapshotError
 from snapshotd.faults import crash_point
 
 SHARED_PARENT = Path("/dev/shm/snapshotd")
-_NAME = re.compile(r"(?P<job>[A-Za-z0-9_-]+)\.(?P<index>\d+)\.(?P<id>[0-9a-f]{32})\.arena")
-_LOCK, _NODE, _NODE_DRAFT = "daemon.lock", "node.id", "node.id.new"
+_NAME = re.compile(r"(?P<job>[A-Za-z0-9_-]+)\.(?P<index>\d+|parity)\.(?P<id>[0-9a-f]{32})\.arena")
+_REMEMBERED_BYTES_MAX = 256 << 20
+_LOCK, _NODE, _NODE_DRAFT, _LAST = "daemon.lock", "node.id", "node.id.new", "daemon.last"
+KEYS, KNOWN = "node.keys", "peers.known"
+_OWN = {_LOCK, _NODE, _NODE_DRAFT, _LAST, *(f"{name}{draft}" for name in (KEYS, KNOWN) for draft in ("", ".new"))}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,15 @@ class Damaged:
     sentence: str
 
 
+class LastDaemon(NamedTuple):
+    """What peers know of a node's daemon as long as a generation lasts, so that the next one is recognised: the ports
+    of its messages and its streams, and the number above which it counts what it says."""
+
+    port: int = 0
+    stream_port: int = 0
+    serial: int = 0
+
+
 @dataclass(frozen=True)
 class Draft:
     """An arena under construction: its files exist, its pages not yet."""
@@ -44,6 +56,10 @@ class Draft:
     lock_fd: int
     arena_id: bytes
     total_bytes: int
+
+    def reserve(self, numa_node: int) -> None:
+        """Give it its pages, on that NUMA node where >= 0. OSError where the machine or the tmpfs has less left."""
+        _native.reserve(self.fd, self.total_bytes, numa_node)
 
     def outstanding_bytes(self) -> int:
         """What its reservation will still take."""
@@ -74,10 +90,49 @@ class Root:
         os.close(self._lock_fd)
         os.close(self._fd)
 
+    def last_daemon(self) -> LastDaemon:
+        """What the daemon before this one wrote down; zeros where that is unknown."""
+        with contextlib.suppress(OSError, ValueError):
+            fd = os.open(_LAST, os.O_RDONLY | OPEN_FLAGS, dir_fd=self._fd)
+            try:
+                port, stream_port, serial = (int(word) for word in os.read(fd, 64).split())
+            finally:
+                os.close(fd)
+            if 0 <= port <= 65535 and 0 <= stream_port <= 65535 and 0 <= serial < 1 << 62:
+                return LastDaemon(port, stream_port, serial)
+        return LastDaemon()
+
+    def write_down(self, me: LastDaemon) -> None:
+        """For the next daemon here."""
+        with contextlib.suppress(OSError):  # it is a convenience: a full tmpfs must not end a daemon
+            fd = os.open(_LAST, os.O_CREAT | os.O_WRONLY | OPEN_FLAGS, 0o600, dir_fd=self._fd)
+            try:  # of one length and at once, so that whoever is killed here leaves one or the other
+                os.pwrite(fd, f"{me.port:5} {me.stream_port:5} {me.serial:20}\n".encode(), 0)
+            finally:
+                os.close(fd)
+
+    def recall(self, name: str) -> bytes:
+        """What `remember` put there; nothing where that cannot be read."""
+        with contextlib.suppress(OSError):
+            fd = os.open(name, os.O_RDONLY | OPEN_FLAGS, dir_fd=self._fd)
+            with open(fd, "rb") as file:
+                return file.read(_REMEMBERED_BYTES_MAX)
+        return b""
+
+    def remember(self, name: str, data: bytes) -> None:
+        """Keep a few bytes for the next daemon here, all of them or those before. Only our user can read them."""
+        assert name in _OWN, f"{name} would be taken for somebody else's file"
+        with contextlib.suppress(OSError):  # as above: a full tmpfs must not end a daemon
+            flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | OPEN_FLAGS
+            with open(os.open(f"{name}.new", flags, 0o600, dir_fd=self._fd), "wb") as file:
+                file.write(data)
+            os.rename(f"{name}.new", name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
+
     def draft(self, job: str, local_index: int, total_bytes: int) -> Draft:
         """Make the two files of a new arena, still empty."""
         arena_id = secrets.token_bytes(16)
-        name = f"{slug(job)}.{local_index}.{arena_id.hex()}.arena"
+        place = "parity" if local_index == PARITY_INDEX else str(local_index)
+        name = f"{slug(job)}.{place}.{arena_id.hex()}.arena"
         lock_fd = self._create(lock_name(name))
         try:
             fd = self._create(name)
@@ -119,7 +174,7 @@ class Root:
         damaged: list[Damaged] = []
         names = sorted(os.listdir(self._fd))
         for name in names:
-            if name in (_LOCK, _NODE, _NODE_DRAFT):
+            if name in _OWN:
                 continue
             if name.endswith(".lock") and _NAME.fullmatch(name[: -len(".lock")] + ".arena"):
                 if name[: -len(".lock")] + ".arena" not in names:

@@ -10,14 +10,21 @@ from typing import Any, Protocol
 
 from snapshotd import _native, budget, wire
 from snapshotd.arena import SLOTS, ArenaFile, Granted, HeldBy
+from snapshotd.cohort import Cohort
 from snapshotd.config import DaemonConfig
 from snapshotd.door import Answer, Connection, Peer
 from snapshotd.errors import NoRoom, RankClaimed, Refused
 from snapshotd.faults import crash_point
 from snapshotd.keeper import Keeper
-from snapshotd.liveness import holder_pid
 from snapshotd.metrics import Metrics
 from snapshotd.root import Draft
+
+
+class Rebuilder(Protocol):
+    """Who decodes lost shards."""
+
+    def begin_rebuild(self, file: ArenaFile, ask: wire.Rebuild, world_size: int) -> None: ...
+    def rebuild_report(self, arena: bytes) -> wire.RebuildReport: ...
 
 
 class Host(Protocol):
@@ -28,10 +35,14 @@ class Host(Protocol):
     metrics: Metrics
     keeper: Keeper
     drafts: dict[tuple[str, int], tuple[Draft, int]]
+    workshop: Rebuilder | None
 
+    async def peer_inventories(self, job: str, *, fresh: bool = False) -> list[wire.Inventory]: ...
+    async def introduce(self, ask: wire.Introduce) -> None: ...
+    def key_pem(self) -> bytes: ...
     def welcome(self) -> wire.Welcome: ...
     def rooms(self) -> list[budget.Room]: ...
-    def status_document(self) -> bytes: ...
+    async def status_of(self, at: str) -> wire.Reply: ...
     def stop(self, why: str) -> None: ...
     def failed(self, what: str, error: BaseException | None) -> None: ...
     def on_change(self) -> None: ...
@@ -54,11 +65,15 @@ class ClientSession:
         self._keeper.claims.live_sessions.add(number)
         self._handlers: dict[type[Any], Callable[[Any], Awaitable[Answer]]] = {
             wire.TakeInventory: self._take_inventory,
+            wire.Introduce: self._introduce,
+            wire.AskKey: self._ask_key,
             wire.Attach: self._attach,
             wire.Held: self._held,
             wire.OpenShard: self._open_shard,
             wire.CloseShard: self._close_shard,
             wire.Quarantine: self._quarantine,
+            wire.Rebuild: self._rebuild,
+            wire.AskRebuild: self._ask_rebuild,
             wire.Close: self._close,
             wire.AskStatus: self._status,
             wire.Collect: self._collect,
@@ -72,7 +87,10 @@ class ClientSession:
                 return self._hello(request)
             if not self.role:
                 raise Refused("the first message of a connection must be a Hello; both sides must be of one release")
-            return await self._handlers[type(request)](request)
+            handler = self._handlers.get(type(request))
+            if handler is None:
+                raise Refused(f"{type(request).__name__} is a message between daemons and is not answered here")
+            return await handler(request)
         except Refused as error:
             self._daemon.metrics.add("refused", reason=error.kind)
             return Answer(refusal(error))
@@ -102,15 +120,29 @@ class ClientSession:
 
     async def _take_inventory(self, ask: wire.TakeInventory) -> Answer:
         await self._unclaimed(ask.job, None, None)
+        peers = await self._daemon.peer_inventories(ask.job, fresh=True)
+        if self._connection.over:
+            raise Refused("whoever asked is gone")  # a launch that came after it may have begun meanwhile
+        await self._unclaimed(ask.job, None, None)
         self._keeper.fence(ask.job)
-        return Answer(wire.InventoryTaken(self._keeper.inventory(ask.job)))
+        return Answer(wire.InventoryTaken(self._keeper.inventory(ask.job), peers))
+
+    async def _introduce(self, ask: wire.Introduce) -> Answer:
+        await self._daemon.introduce(ask)
+        return Answer(wire.Done())
+
+    async def _ask_key(self, ask: wire.AskKey) -> Answer:
+        return Answer(wire.LentKey(self._daemon.key_pem()))
 
     async def _attach(self, ask: wire.Attach) -> Answer:
         self._keeper.claims.check(ask)
+        await self._daemon.introduce(wire.Introduce(ask.job, ask.nodes))
         await self._unclaimed(ask.job, ask.rank, ask.generation)
         self._keeper.claims.check(ask)  # others were served while we waited
         file = self._keeper.claims.own_arena(ask)
-        if file is None:
+        if file is not None:
+            self._keeper.rejoin(ask)
+        else:
             file = self._keeper.inherit(ask, self._pid) if ask.arena else await self._create(ask)
         if not isinstance(file.holder, HeldBy):
             file.holder = Granted(self._pid, self._number)
@@ -126,7 +158,7 @@ class ClientSession:
         if ask.restored is None:
             self._keeper.free_unused(ask)
         needed = _native.Arena.bytes_needed(SLOTS, ask.slot_bytes, ask.block_bytes)
-        budget.check(needed, self._daemon.rooms())
+        budget.check(needed + _parity_share(ask, self._keeper.root.node), self._daemon.rooms())
         draft = self._keeper.root.draft(ask.job, ask.local_index, needed)
         self._daemon.drafts[ask.job, ask.rank] = (draft, self._pid)
         try:
@@ -146,7 +178,7 @@ class ClientSession:
         file = self._granted.get(ask.arena)
         if file is None or file.gone:
             raise Refused("this arena was not granted over this connection; attach first")
-        if holder_pid(file.lock_fd) is None:
+        if file.held_by() is None:
             raise Refused("the record lock of this arena is free, so nobody holds it; take it before saying so")
         del self._granted[ask.arena]
         self._keeper.hold(file, self._pid, self._number)
@@ -176,6 +208,20 @@ class ClientSession:
         self._keeper.quarantine(ask)
         return Answer(wire.Done())
 
+    async def _rebuild(self, ask: wire.Rebuild) -> Answer:
+        file = self._keeper.files.get(ask.arena)
+        if file is None or not isinstance(file.holder, HeldBy) or file.holder.pid != self._pid:
+            raise Refused("only the trainer that holds an arena may have a shard rebuilt into it")
+        if self._daemon.workshop is None:
+            raise Refused("this daemon has no peers to rebuild from; start it with --listen and restart the job")
+        self._daemon.workshop.begin_rebuild(file, ask, file.owner.world_size)
+        return Answer(wire.Done())
+
+    async def _ask_rebuild(self, ask: wire.AskRebuild) -> Answer:
+        if self._daemon.workshop is None:
+            raise Refused("this daemon has no peers to rebuild from; start it with --listen and restart the job")
+        return Answer(self._daemon.workshop.rebuild_report(ask.arena))
+
     async def _close(self, ask: wire.Close) -> Answer:
         file = self._keeper.files.get(ask.arena)
         if file is not None:  # closed twice: the first time may have freed it
@@ -185,7 +231,7 @@ class ClientSession:
         return Answer(wire.Done())
 
     async def _status(self, ask: wire.AskStatus) -> Answer:
-        return Answer(wire.StatusReport(self._daemon.status_document()))
+        return Answer(await self._daemon.status_of(ask.at))
 
     async def _collect(self, ask: wire.Collect) -> Answer:
         return Answer(self._keeper.collect(ask.job, ask.generation))
@@ -215,10 +261,19 @@ class ClientSession:
             )
 
 
+def _parity_share(ask: wire.Attach, node: bytes) -> int:
+    """What the parity of this rank's share of the node will take, if all nodes hold as much; asked for before anything
+    is allocated, so that a rank is not let in that could never be protected."""
+    cohort = Cohort.of(ask, node)
+    if cohort is None or not cohort.parity_here:
+        return 0
+    return SLOTS * ask.slot_bytes * cohort.parity_here // (len(cohort.group) - cohort.parity_here)
+
+
 async def reserve(draft: Draft, numa_node: int) -> None:
     """Give a draft its pages, on a thread. NoRoom where the tmpfs filled up since the budget was checked."""
     try:
-        await asyncio.get_running_loop().run_in_executor(None, _native.reserve, draft.fd, draft.total_bytes, numa_node)
+        await asyncio.get_running_loop().run_in_executor(None, draft.reserve, numa_node)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
             raise

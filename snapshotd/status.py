@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from snapshotd import recovery
@@ -45,6 +45,43 @@ class ArenaFacts:
 
 
 @dataclass(frozen=True)
+class ParityFacts:
+    """One parity set of this node."""
+
+    arena: str
+    index: int
+    state: str
+    step: int | None
+    snapshot: str
+    position: int | None
+    bytes: int
+    quarantine: str
+
+
+@dataclass(frozen=True)
+class GroupFacts:
+    """Nodes that protect each other, by position. `silent` are those not heard of lately; `losses_left` is how many
+    more of them may be lost (None: this node does not hear that group)."""
+
+    nodes: list[str]
+    parity: int
+    silent: list[str]
+    losses_left: int | None
+    own: bool
+
+
+@dataclass(frozen=True)
+class CohortFacts:
+    """The nodes of a generation on several."""
+
+    coordinator: str
+    me: str
+    nodes: list[dict[str, Any]]
+    groups: list[GroupFacts]
+    trouble: str
+
+
+@dataclass(frozen=True)
 class GenerationFacts:
     """One generation of a job."""
 
@@ -59,7 +96,10 @@ class GenerationFacts:
     next_step: int | None
     commits: int
     aborts: int
+    abort_ratio: float
     arenas: list[ArenaFacts]
+    parity: dict[str, Any]
+    cohort: CohortFacts | None
 
 
 @dataclass(frozen=True)
@@ -75,16 +115,21 @@ class NodeFacts:
     shm_dir: str
     listen: str
     advertise: str
+    streams: str
+    authenticates: bool
+    domain: str
     connections: int
     memory_limit_bytes: int
     used_bytes: int
+    codec: dict[str, Any] = field(default_factory=dict)
+    scrub: dict[str, Any] = field(default_factory=dict)
 
 
 def document(
     node: NodeFacts,
     rooms: Iterable[Room],
     jobs: Mapping[str, list[GenerationFacts]],
-    inventories: Mapping[str, Inventory],
+    inventories: Mapping[str, Sequence[Inventory]],
     damaged: Iterable[str],
     counters: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -111,8 +156,8 @@ def document(
     }
 
 
-def _recoverable(inventory: Inventory) -> dict[str, Any]:
-    choice = recovery.choose([inventory])
+def _recoverable(inventories: Sequence[Inventory]) -> dict[str, Any]:
+    choice = recovery.choose(inventories)
     return {
         "step": choice.snapshot.step if choice.snapshot else None,
         "generation": choice.snapshot.generation.number if choice.snapshot else None,
@@ -133,19 +178,32 @@ def text(status: Mapping[str, Any]) -> str:
         f"socket {status['socket']}, arenas in {status['shm_dir']}",
         f"memory: {shown(memory['arenas_bytes'])} in arenas, {_available(memory)}",
     ]
+    lines += [
+        f"codec for k={one['k']}, m={one['m']}: {one['why']}" for one in status.get("codec", {}).get("chosen", [])
+    ]
     for job, facts in status["jobs"].items():
         lines += ["", *_job_lines(job, facts)]
     if not status["jobs"]:
         lines += ["", "no job has anything in memory"]
-    lines += [f"! {sentence}" for sentence in status["damaged"]]
+    lines += [f"! {sentence}" for sentence in [*status["damaged"], *status.get("scrub", {}).get("rotten", [])]]
     counters = status["counters"]
     lines += [
         "",
         f"since the start: {counters['commits_total']} commits, {counters['aborts_total']} aborts, "
         f"{counters['deaths_total']} trainers died, {counters['dropped_total']} connections dropped, "
         f"{counters['errors_total']} errors",
+        f"scrubber: {_scrubbed(status.get('scrub', {}), counters)}",
     ]
     return "\n".join(lines)
+
+
+def _scrubbed(scrub: Mapping[str, Any], counters: Mapping[str, Any]) -> str:
+    if not scrub.get("bandwidth"):
+        return "off"
+    return (
+        f"{counters['scrub_checked_total']} blocks read again, {counters['scrub_found_total']} had rotted, "
+        f"{counters['scrub_repaired_total']} were repaired"
+    )
 
 
 def _available(memory: Mapping[str, Any]) -> str:
@@ -173,7 +231,31 @@ def _generation_lines(facts: Mapping[str, Any]) -> list[str]:
         f"  generation {facts['number']}-{facts['nonce'][:6]}, {facts['world_size']} ranks, committed {committed} "
         f"({facts['commits']} commits, {facts['aborts']} aborts)" + "".join(f", {mark}" for mark in marks)
     ]
-    return lines + [_arena_line(arena) for arena in facts["arenas"]]
+    lines += [_arena_line(arena) for arena in facts["arenas"]]
+    if facts["parity"]["sets"]:
+        sets = ", ".join(f"{one['state']} step {one['step']}" for one in facts["parity"]["sets"])
+        lines.append(f"    parity: {shown(facts['parity']['total_bytes'])} for others; {sets}")
+    return lines + (_cohort_lines(facts["cohort"]) if facts["cohort"] else [])
+
+
+def _cohort_lines(facts: Mapping[str, Any]) -> list[str]:
+    lines = [f"    {len(facts['nodes'])} nodes, {facts['coordinator']} coordinates, this is {facts['me']}"]
+    for number, group in enumerate(facts["groups"]):
+        left = group["losses_left"]
+        if left is None:
+            losses = "not heard from here"
+        elif group["parity"]:
+            losses = f"{left} more lost {'node' if left == 1 else 'nodes'} can be rebuilt"
+        else:
+            losses = "no parity: a lost node is lost"
+        silent = f"; silent: {', '.join(group['silent'])}" if group["silent"] else ""
+        mine = " (ours)" if group["own"] else ""
+        lines.append(
+            f"    group {number}{mine}: {', '.join(group['nodes'])}; parity {group['parity']}, {losses}{silent}"
+        )
+    if facts["trouble"]:
+        lines.append(f"    ! {facts['trouble']}")
+    return lines
 
 
 def _arena_line(arena: Mapping[str, Any]) -> str:

@@ -23,9 +23,12 @@ from msgspec import Meta, Struct
 from snapshotd.errors import ProtocolError
 
 MAGIC = b"SNPD"
-WIRE_VERSION = 1
+WIRE_VERSION = 3
 FRAME_BYTES_MAX = 4 << 20
 TEXT_LENGTH_MAX = 4000
+READ_BYTES_MAX = 1 << 30
+GROUP_NODES_MAX = 255
+PLACES_MAX = 8192
 _HEADER = struct.Struct("<4sHHII")
 HEADER_BYTES = _HEADER.size
 
@@ -37,6 +40,11 @@ Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 Rank: TypeAlias = Annotated[int, Meta(ge=0, lt=2**20)]
 WorldSize: TypeAlias = Annotated[int, Meta(ge=1, lt=2**20)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=10**9)]
+Slot: TypeAlias = Annotated[int, Meta(ge=0, lt=64)]
+Progress: TypeAlias = Annotated[str, Meta(max_length=16)]
+Address: TypeAlias = Annotated[str, Meta(max_length=300)]  # HOST:PORT; empty where a daemon listens nowhere
+Blocks: TypeAlias = Annotated[int, Meta(ge=4096, le=16 << 20)]
+Parity: TypeAlias = Annotated[int, Meta(ge=0, lt=255)]
 
 
 class GenerationId(Struct, frozen=True, order=True, array_like=True):
@@ -67,12 +75,46 @@ class Shard(Struct, frozen=True):
 
     snapshot: SnapshotId
     arena: Id16
-    slot: Annotated[int, Meta(ge=0, lt=64)]
-    progress: Annotated[str, Meta(max_length=16)]
+    slot: Slot
+    progress: Progress
     rank: Rank
     world_size: WorldSize
     fingerprint: Digest32
     file_bytes: Count
+    block_bytes: Blocks = 1 << 20
+
+
+class ShardShape(Struct, frozen=True, array_like=True):
+    """What parity must know of a shard: whose it is, how long, in which blocks it is checked, and its layout."""
+
+    rank: Rank
+    file_bytes: Count
+    block_bytes: Blocks
+    fingerprint: Digest32
+
+
+class GroupLayout(Struct, frozen=True):
+    """How the shards of one snapshot lie in the stripes of one group; `geometry` computes and checks it.
+
+    `positions[p]` are the shards of the node at position p, in the order in which they are strung together, each padded
+    with zeros to whole units; that string is cut in k = n - parity pieces of `piece_bytes`.
+    """
+
+    parity: Parity
+    unit_bytes: Blocks
+    piece_bytes: Count
+    positions: Annotated[list[list[ShardShape]], Meta(max_length=GROUP_NODES_MAX)]
+
+
+class ParityReport(Struct, frozen=True):
+    """One parity set of a node: the parity of one snapshot that `position` of a group owns."""
+
+    snapshot: SnapshotId
+    arena: Id16
+    slot: Slot
+    progress: Progress
+    position: Annotated[int, Meta(ge=0, lt=GROUP_NODES_MAX)]
+    layout: GroupLayout
 
 
 class ArenaReport(Struct, frozen=True):
@@ -86,6 +128,15 @@ class ArenaReport(Struct, frozen=True):
     last_commit: Count
     ever_committed: bool
     restored: SnapshotId | None = None
+    room: Annotated[int, Meta(ge=0, le=64)] = 0  # slots into which a shard could be rebuilt: empty or damaged ones
+    closed: bool = False  # its rank ended its run and wants nothing back
+
+
+class Badge(Struct, frozen=True, array_like=True):
+    """How others recognise a node's daemon: the public key of its messages, the X.509 certificate of its streams."""
+
+    curve: Digest32
+    certificate: Annotated[bytes, Meta(min_length=1, max_length=2048)]
 
 
 class Inventory(Struct, frozen=True):
@@ -96,6 +147,23 @@ class Inventory(Struct, frozen=True):
     shards: list[Shard]
     arenas: list[ArenaReport]
     damaged: list[Text] = []
+    parities: list[ParityReport] = []
+    hopeless: list[SnapshotId] = []  # a rebuild showed that they cannot be decoded
+    address: Address = ""
+    streams: Address = ""
+    domain: Text = ""
+    badge: Badge | None = None  # None: this daemon does not authenticate
+
+
+class Place(Struct, frozen=True):
+    """One node of a generation: how its daemon is reached, and the ranks that it serves by local index."""
+
+    node: Id16
+    label: Text
+    address: Address
+    streams: Address
+    ranks: list[Rank]
+    badge: Badge | None = None
 
 
 # --- trainer or tool to daemon --------------------------------------------------------------------
@@ -114,10 +182,27 @@ class TakeInventory(Struct, frozen=True, tag=True):
     job: Name
 
 
+class Introduce(Struct, frozen=True, tag=True):
+    """These nodes take part in this job: believe them. From a trainer before anything is read.
+
+    `elsewhere` hold some of it and take part no more: believe them too, and tell them the same.
+    """
+
+    job: Name
+    places: Annotated[list[Place], Meta(max_length=PLACES_MAX)]
+    elsewhere: Annotated[list[Place], Meta(max_length=PLACES_MAX)] = []
+
+
+class AskKey(Struct, frozen=True, tag=True):
+    """With which key does a trainer of this node read from other nodes?"""
+
+
 class Attach(Struct, frozen=True, tag=True):
     """Give this rank an arena in this generation: a new one, or an inherited one by id.
 
-    `replaces` names the arena that this rank holds already and that became too small for its layout.
+    `replaces` names the arena that this rank holds already and that became too small for its layout. `nodes` are all
+    nodes of a generation on several (the one of rank 0 coordinates), `groups` who protects whom, in position order.
+    `rebuild`: the restored snapshot's shard is not in this arena yet; a `Rebuild` follows.
     """
 
     job: Name
@@ -130,13 +215,17 @@ class Attach(Struct, frozen=True, tag=True):
     slot_bytes: Count
     block_bytes: Count
     fingerprint: Digest32
-    parity: Annotated[int, Meta(ge=0, lt=255)] = 2
+    parity: Parity = 2
     group_size: Annotated[int, Meta(ge=1, lt=256)] = 8
     numa_node: Annotated[int, Meta(ge=-1, lt=4096)] = -1
     passed: Count = 0
     arena: Id16 | None = None
     replaces: Id16 | None = None
     restored: SnapshotId | None = None
+    nodes: list[Place] = []
+    groups: list[list[Id16]] = []
+    rebuild: bool = False
+    committed: bool = False  # the restored snapshot was, wherever a mark of that was seen
 
 
 class Held(Struct, frozen=True, tag=True):
@@ -149,7 +238,7 @@ class OpenShard(Struct, frozen=True, tag=True):
     """Let me read this shard; it stays pinned until `CloseShard` or the end of the connection."""
 
     arena: Id16
-    slot: Annotated[int, Meta(ge=0, lt=64)]
+    slot: Slot
     snapshot: SnapshotId
 
 
@@ -157,16 +246,46 @@ class CloseShard(Struct, frozen=True, tag=True):
     """The end of `OpenShard`."""
 
     arena: Id16
-    slot: Annotated[int, Meta(ge=0, lt=64)]
+    slot: Slot
 
 
 class Quarantine(Struct, frozen=True, tag=True):
     """A reader found bytes that fail their checksum: never offer this shard again."""
 
     arena: Id16
-    slot: Annotated[int, Meta(ge=0, lt=64)]
+    slot: Slot
     snapshot: SnapshotId
     why: Text
+
+
+class Holding(Struct, frozen=True):
+    """Where a rank's shard, or a position's parity set, of a snapshot can be read."""
+
+    streams: Address
+    label: Text
+    arena: Id16
+    slot: Slot
+
+
+class Rebuild(Struct, frozen=True, tag=True):
+    """Decode a lost shard from what the others hold into this arena, which came with `Attach.rebuild`.
+
+    `shards` (by rank) and `parities` (by position) say where the rest of the group's snapshot lies. The answer comes at
+    once; `AskRebuild` tells how far it is.
+    """
+
+    arena: Id16
+    snapshot: SnapshotId
+    rank: Rank
+    layout: GroupLayout
+    shards: dict[int, Holding]
+    parities: dict[int, Holding]
+
+
+class AskRebuild(Struct, frozen=True, tag=True):
+    """How far is the rebuild of this arena?"""
+
+    arena: Id16
 
 
 class Close(Struct, frozen=True, tag=True):
@@ -176,7 +295,9 @@ class Close(Struct, frozen=True, tag=True):
 
 
 class AskStatus(Struct, frozen=True, tag=True):
-    """What a person wants to know. Never fences, never changes anything."""
+    """What a person wants to know, of this daemon or of the peer that listens `at`. Never fences, changes nothing."""
+
+    at: Address = ""
 
 
 class Collect(Struct, frozen=True, tag=True):
@@ -188,6 +309,97 @@ class Collect(Struct, frozen=True, tag=True):
 
 class Stop(Struct, frozen=True, tag=True):
     """End the daemon; arenas stay in memory for the next one."""
+
+
+# --- daemon to daemon, over the network: states and decisions are repeated until they are seen to have arrived --------
+
+
+class HeldShard(Struct, frozen=True):
+    """One named slot of a rank's arena. `rank` holds it now, `shape.rank` says whose bytes it has."""
+
+    rank: Rank
+    snapshot: SnapshotId
+    progress: Progress
+    arena: Id16
+    slot: Slot
+    shape: ShardShape
+
+
+class Publish(Struct, frozen=True, tag=True):
+    """A node's state, to the coordinator and to its group. One with a lower `serial` is older and is passed over."""
+
+    job: Name
+    generation: GenerationId
+    node: Id16
+    serial: Count
+    complete: bool
+    closed: bool
+    passed: dict[int, Count]
+    held: list[HeldShard]
+    naming: Count
+    committed: Count
+    aborted: Count
+    trouble: Text = ""
+
+
+class Decree(Struct, frozen=True, tag=True):
+    """The coordinator's decisions and what it asks for. `aborted` are steps above `committed`."""
+
+    job: Name
+    generation: GenerationId
+    node: Id16
+    serial: Count
+    committed: Count
+    aborted: Annotated[list[Count], Meta(max_length=4096)]
+    next_step: Count
+    naming: Count
+    closed: bool
+    commits: Count = 0
+    aborts: Count = 0
+
+
+class Doubt(Struct, frozen=True, tag=True):
+    """A reader found bytes of yours that fail their checksum: look at that slot."""
+
+    job: Name
+    generation: GenerationId
+    arena: Id16
+    slot: Slot
+    snapshot: SnapshotId
+    why: Text
+
+
+class AskInventory(Struct, frozen=True, tag=True):
+    """What do you hold of this job? Fences nothing."""
+
+    job: Name
+
+
+# --- READ: the verb that moves bytes, on TCP streams ------------------------------------------------------------------
+
+
+class Read(Struct, frozen=True, tag=True):
+    """Send bytes of a slot. `offset` is a multiple of the arena's block; the answer ends with the file at the latest.
+
+    Requests may be sent ahead; they are answered in their order.
+    """
+
+    job: Name
+    arena: Id16
+    slot: Slot
+    snapshot: SnapshotId
+    offset: Count
+    length: Annotated[int, Meta(ge=0, le=READ_BYTES_MAX)]
+
+
+class Reading(Struct, frozen=True, tag=True):
+    """Answer to `Read`; `length` raw bytes follow. `crcs` has the CRC32C of each block of them, as little-endian words
+    (for a `Read` of no bytes at offset 0: of every block of the file)."""
+
+    length: Annotated[int, Meta(ge=0, le=READ_BYTES_MAX)]
+    file_bytes: Count
+    block_bytes: Blocks
+    crcs: bytes
 
 
 # --- daemon's answers -----------------------------------------------------------------------------
@@ -203,9 +415,23 @@ class Welcome(Struct, frozen=True, tag=True):
 
 
 class InventoryTaken(Struct, frozen=True, tag=True):
-    """Answer to `TakeInventory`."""
+    """Answer to `TakeInventory` and `AskInventory`. `peers` is what nodes that this one knew hold of the job."""
 
     inventory: Inventory
+    peers: list[Inventory] = []
+
+
+class RebuildReport(Struct, frozen=True, tag=True):
+    """Answer to `AskRebuild`. `failure` is "" while all is well, "corrupt" where too few sources hold good bytes,
+    "failed" where a source could not be read; `rebuilt_bytes` is the length of the shard once it is `over`."""
+
+    over: bool
+    slot: Slot
+    done_bytes: Count
+    total_bytes: Count
+    seconds: Seconds = 0.0
+    failure: Annotated[str, Meta(max_length=16)] = ""
+    why: Text = ""
 
 
 class Granted(Struct, frozen=True, tag=True):
@@ -220,6 +446,12 @@ class ShardOpened(Struct, frozen=True, tag=True):
 
     slot_offset: Count
     slot_bytes: Count
+
+
+class LentKey(Struct, frozen=True, tag=True):
+    """Answer to `AskKey`: certificate and private key of the node's streams, PEM; empty where all is in the clear."""
+
+    pem: Annotated[bytes, Meta(max_length=8192)]
 
 
 class StatusReport(Struct, frozen=True, tag=True):
@@ -249,9 +481,40 @@ class Refusal(Struct, frozen=True, tag=True):
 
 
 Request: TypeAlias = (
-    Hello | TakeInventory | Attach | Held | OpenShard | CloseShard | Quarantine | Close | AskStatus | Collect | Stop
+    Hello
+    | TakeInventory
+    | Introduce
+    | AskKey
+    | Attach
+    | Held
+    | OpenShard
+    | CloseShard
+    | Quarantine
+    | Rebuild
+    | AskRebuild
+    | Close
+    | AskStatus
+    | Collect
+    | Stop
+    | Publish
+    | Decree
+    | Doubt
+    | AskInventory
+    | Read
 )
-Reply: TypeAlias = Welcome | InventoryTaken | Granted | ShardOpened | StatusReport | Collected | Done | Refusal
+Reply: TypeAlias = (
+    Welcome
+    | InventoryTaken
+    | LentKey
+    | Granted
+    | ShardOpened
+    | RebuildReport
+    | StatusReport
+    | Collected
+    | Done
+    | Refusal
+    | Reading
+)
 Message: TypeAlias = Request | Reply
 
 _encoder = msgspec.msgpack.Encoder()

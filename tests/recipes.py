@@ -376,7 +376,9 @@ def ddp() -> Run:
     """Replicated over the ranks; BatchNorm keeps different statistics on each."""
     torch.manual_seed(0)
     model = nn.parallel.DistributedDataParallel(
-        nn.Sequential(nn.Linear(16, 33), nn.BatchNorm1d(33), nn.Dropout(0.1), nn.Linear(33, 4)), broadcast_buffers=False
+        nn.Sequential(nn.Linear(16, 33), nn.BatchNorm1d(33), nn.Dropout(0.1), nn.Linear(33, 4)),
+        broadcast_buffers=False,
+        find_unused_parameters=True,  # or buckets are laid anew in a first step, and three ranks add in another order
     )
     return _simple(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
 

@@ -7,6 +7,7 @@ unpickle what arrives.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -15,8 +16,10 @@ import torch
 import torch.distributed as dist
 from msgspec import Meta, Struct
 
+from snapshotd import geometry
 from snapshotd.errors import SnapshotError
-from snapshotd.wire import GenerationId, Inventory, SnapshotId
+from snapshotd.geometry import Formation, Member
+from snapshotd.wire import GenerationId, Inventory, Place, SnapshotId
 
 _T = TypeVar("_T", bound=Struct)
 
@@ -37,12 +40,41 @@ class Card(Struct, frozen=True):
     refusal: str = ""
 
 
+class Introduced(Struct, frozen=True):
+    """What a rank's daemon says to being told who is in the job; empty where it believes them now."""
+
+    refusal: str = ""
+
+
+class Elsewhere(Struct, frozen=True):
+    """What nodes that are not part of the job any more still hold of it, as a daemon that knew them was told."""
+
+    inventories: list[Inventory] = []
+
+
+class Rebuilt(Struct, frozen=True):
+    """How far a rank is with the shard that was lost. `shard` is -1 where it has none to rebuild."""
+
+    over: bool = True
+    shard: int = -1
+    arena: bytes = b""
+    slot: int = 0
+    slot_bytes: int = 0
+    block_bytes: int = 0
+    kind: str = ""  # "" good, "corrupt", "failed"
+    why: str = ""
+    size_bytes: int = 0
+    seconds: float = 0.0
+
+
 class Verdict(Struct, frozen=True):
     """What a rank found about the snapshot that all are about to restore."""
 
     snapshot: SnapshotId | None
     kind: str = ""  # "" good, "corrupt", "layout", "failed"
     why: str = ""
+    rank: int = -1  # whose shard it is about
+    arena: bytes = b""  # where that lies
 
 
 class Peers:
@@ -110,12 +142,42 @@ def on_one_node(one: Card, other: Card) -> bool:
     return one.place == other.place
 
 
+def places(cards: list[Card]) -> list[Place]:
+    """The nodes of the job by their smallest rank; none where all ranks share one node, or some node has no daemon."""
+    ranks: dict[bytes, list[int]] = {}
+    for card in cards:
+        if card.inventory is None:
+            return []
+        ranks.setdefault(card.inventory.node, []).append(card.rank)
+    if len(ranks) < 2:
+        return []
+    found = {card.inventory.node: card.inventory for card in cards if card.inventory is not None}
+    return [place(found[node], own) for node, own in sorted(ranks.items(), key=lambda item: item[1])]
+
+
+def place(told: Inventory, ranks: list[int]) -> Place:
+    """Where a node that told its inventory is reached, and how it is recognised."""
+    return Place(told.node, told.label, told.address, told.streams, ranks, told.badge)
+
+
+def grouping(
+    nodes: Sequence[Place], inventories: Sequence[Inventory], group_size: int, previous: Formation | None
+) -> tuple[tuple[bytes, ...], ...]:
+    """Who protects whom, in the order of positions. Every rank computes the same."""
+    domains = {inventory.node: inventory.domain for inventory in inventories}
+    members = [Member(place.node, domains.get(place.node, "")) for place in nodes]
+    return tuple(tuple(group) for group in geometry.plan(members, group_size, previous))
+
+
 def next_generation(cards: list[Card], wall_s: float) -> GenerationId:
     """A number above all that any node knows, with rank 0's nonce.
 
     Where a node could not be asked, the number starts from the clock, so that it is above what that node may know.
     """
-    numbers = [arena.generation.number for card in cards if card.inventory for arena in card.inventory.arenas]
+    held = [arena for card in cards if card.inventory for arena in card.inventory.arenas]
+    made = [one.snapshot for card in cards if card.inventory for one in card.inventory.shards]
+    made += [one.snapshot for card in cards if card.inventory for one in card.inventory.parities]
+    numbers = [one.generation.number for one in held] + [one.generation.number for one in made]
     unknown = [int(wall_s)] if any(card.inventory is None for card in cards) else []
     return GenerationId(max([*numbers, *unknown], default=0) + 1, cards[0].nonce)
 

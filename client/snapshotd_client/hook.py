@@ -37,15 +37,18 @@ from snapshotd.errors import (
     DaemonUnavailable,
     ProtocolError,
     Refused,
+    SnapshotError,
     SnapshotLost,
 )
-from snapshotd_client import hooks, hoststate
+from snapshotd.geometry import Formation
+from snapshotd.recovery import Assignment, Choice
+from snapshotd_client import gpu, hooks, hoststate, tree
 from snapshotd_client import restore as restoring
-from snapshotd_client.agree import Peers
-from snapshotd_client.copier import Copier, Session, Settled, claim
+from snapshotd_client.agree import Peers, grouping
+from snapshotd_client.copier import GPU_REFUSED, STILL_RUNNING, Copier, Grant, Session, Settled, claim
 from snapshotd_client.hooks import Weak
 from snapshotd_client.layout import Layout
-from snapshotd_client.link import Link, attach_request, changed
+from snapshotd_client.link import Link, attach_request, bare_request, changed
 from snapshotd_client.planner import Planner
 from snapshotd_client.state import TrainingState
 
@@ -75,6 +78,8 @@ class Guard:
         self._base = self._step = 0
         self._stepped = self._iterated = False
         self._optimizer_steps = 0
+        self._trouble = ""  # why the layout of the last cut could not be copied
+        self._on_gpu = any(gpu.is_on_gpu(tree.local_of(one)) for one in state.names.parameters.values())
         self._mode = "unknown"  # then "exact" or "hooks"
         self._early: Mapping[str, Any] | None = None
         self._served_naming = -1
@@ -101,10 +106,7 @@ class Guard:
         self._check_restore_arguments(newer_than, on_lost)
         self._restored_called = True
         began_s = self._clock.monotonic_s()
-        done = restoring.run(
-            self._state, self._peers, self._door, self._inventories, self._clock,
-            newer_than=newer_than, threads=self._restore_threads(),
-        )  # fmt: skip
+        done = restoring.run(self._restore_tools(), self._inventories, newer_than=newer_than)
         if done.choice.lost and on_lost == "raise":
             self._start_link()
             raise SnapshotLost(done.choice.why)
@@ -128,6 +130,8 @@ class Guard:
             "why": done.choice.why,
             "passed_over": done.passed_over,
             "bytes": done.bytes,
+            "rebuilt_bytes": done.rebuilt_bytes,
+            "rebuild_s": done.rebuild_s,
             "verify_s": done.verify_s,
             "copy_s": done.copy_s,
             "attach_s": self._clock.monotonic_s() - verified_s,
@@ -135,6 +139,33 @@ class Guard:
         }
         self._start_link()
         return self._step
+
+    def _restore_tools(self) -> restoring.Tools:
+        own = next((place.node for place in self._session.nodes if self._peers.rank in place.ranks), b"")
+        here = own or next((one.node for one in self._inventories), b"")
+        return restoring.Tools(
+            self._state, self._peers, self._door, self._clock, self._session, here, self._restore_threads(),
+            claim=self._claim_for_rebuild,
+        )  # fmt: skip
+
+    def _claim_for_rebuild(self, own: Assignment, choice: Choice, formation: Formation) -> Grant:
+        """Attach the arena into which the daemon is to decode a lost shard, before anything is restored."""
+        assert self._door is not None and choice.snapshot is not None
+        self._session = self._going_on_from(choice, formation)
+        request = bare_request(self._session, own.slot_bytes, choice.snapshot.step)
+        request = changed(request, arena=own.arena, rebuild=True)
+        report = self._report_of(own.arena)
+        if report is not None:
+            request = changed(request, slot_bytes=report.slot_bytes, block_bytes=report.block_bytes)
+        return claim(self._door, request, self._clock, lambda _s: None)
+
+    def _report_of(self, arena: bytes | None) -> wire.ArenaReport | None:
+        return next((one for i in self._inventories for one in i.arenas if one.arena == arena), None)
+
+    def _going_on_from(self, choice: Choice, formation: Formation | None) -> Session:
+        """The session of the generation that restored this snapshot: its nodes keep their places in groups."""
+        groups = grouping(self._session.nodes, self._inventories, self._session.group_size, formation)
+        return replace(self._session, restored=choice.snapshot, committed=choice.committed, groups=groups)
 
     def _restore_threads(self) -> int:
         """Nothing trains during a restore: the cores are shared by this node's ranks alone."""
@@ -155,25 +186,31 @@ class Guard:
     def _inherit(self, done: restoring.Restored) -> None:
         """Take over the arena that the shard came from, so that no second one is needed."""
         assert done.snapshot is not None and self._door is not None
-        shard = done.choice.sources[self._peers.rank].shard
-        self._session = session = _with_restored(self._session, done.snapshot)
+        self._session = session = self._going_on_from(done.choice, done.formation)
+        report = self._report_of(done.own.arena)
+        if done.grant is None and report is None:
+            return  # node counts changed: this rank has a new arena coming, and the snapshot stays where it is
         planned = self._plan()
-        report = next(one for i in self._inventories for one in i.arenas if one.arena == shard.arena)
-        request = attach_request(session, planned, self._step, report.slot_bytes)
-        request = changed(request, arena=shard.arena, block_bytes=report.block_bytes)
         try:
-            copier = claim(self._door, request, self._clock, lambda _s: None).map(self._threads)
+            if done.grant is not None:
+                copier = done.grant.map(self._threads)
+            else:
+                assert report is not None
+                request = attach_request(session, planned, self._step, report.slot_bytes)
+                request = changed(request, arena=report.arena, block_bytes=report.block_bytes)
+                copier = claim(self._door, request, self._clock, lambda _s: None).map(self._threads)
         except (Refused, DaemonUnavailable, ProtocolError, OSError) as error:
             log.warning(
                 "snapshotd: restored, but the arena could not be taken over (%s); asking again meanwhile", error
             )
             self._link = self._make_link()
-            self._link.inherit(planned, shard.arena, report.slot_bytes, report.block_bytes)
+            if report is not None:
+                self._link.inherit(planned, report.arena, report.slot_bytes, report.block_bytes)
             return
         self._link = self._make_link()
         if planned.manifest.file_bytes <= copier.arena.slot_bytes:
             self._link.adopt(copier, planned)
-            copier.prepare(planned)
+            copier.prepare(planned, self._link.done_fd)
             copier.ring()
         else:
             self._link.adopt(copier, planned)
@@ -243,21 +280,35 @@ class Guard:
 
     def _cut(self, copier: Copier, planned: Layout, link: Link) -> bool:
         """Capture host state and start the copy; False where this step goes without a snapshot."""
+        if copier.busy():  # a GPU's copy may take longer than a step: nobody waits for it
+            self._note_skip(STILL_RUNNING)
+            return False
         naming = copier.arena.naming
         began_s = self._clock.monotonic_s()
         captured = self._state.host(self._step, self._early)
         raw = hoststate.pack(captured.document)
         self._timings["host_s"] = self._clock.monotonic_s() - began_s
-        fitting = self._planner.still_fits(planned, captured, raw)
+        try:
+            fitting = self._planner.still_fits(planned, captured, raw)
+            another = self._planner.plan_for(captured, raw) if fitting is None else None
+        except SnapshotError as error:  # a tensor that came later is where it cannot be copied from
+            self._note_skip("unsupported")
+            self._once("unsupported", f"no snapshot of step {self._step}: {error}")
+            self._trouble = str(error)
+            return False
+        self._trouble = ""
         if fitting is None:
+            assert another is not None
             self._note_skip("the layout changed")
-            link.request_layout(self._planner.plan_for(captured, raw))
+            link.request_layout(another)
             return False
         if fitting is not planned:
             link.layout = fitting
         reason = copier.begin(fitting, self._session, self._step, raw, link.done_fd)
         if reason:
             self._note_skip(reason)
+            if reason == GPU_REFUSED:
+                self._once(reason, f"no snapshot of step {self._step}: {copier.trouble}")
             return False
         self._served_naming, self._taken = naming, self._taken + 1
         return True
@@ -275,12 +326,15 @@ class Guard:
             if torch._C._current_graph_task_id() != -1:
                 self._refuse_in_backward()
                 return
+            if self._on_gpu and gpu.SEAM.capturing():
+                self._refuse_in_graph()
+                return
             if self._mode == "hooks" and self._iterated:
                 self._advance()
-            ready = self._link.ready() if self._link else None
-            if ready is not None:
+            copier = self._link.copier if self._link else None  # also one whose layout is just being replaced
+            if copier is not None:
                 began_s = self._clock.monotonic_s()
-                self._note(ready[0], ready[0].settle())
+                self._note(copier, copier.hold())
                 self._timings["settle_s"] = self._clock.monotonic_s() - began_s
         except Exception:
             self._failed("the optimizer's pre-hook")
@@ -343,11 +397,18 @@ class Guard:
             "state belong together: this run is not protected; call optimizer.step() after backward() instead"
         )
 
+    def _refuse_in_graph(self) -> None:
+        self._off = True
+        log.error(
+            "snapshotd: an optimizer step is recorded into a CUDA graph, whose replays run no hooks and would write "
+            "under a running copy: this run is not protected; call optimizer.step() outside of the graph instead"
+        )
+
     def _copy_done(self) -> None:
-        """The engine is done (link's thread)."""
-        ready = self._link.ready() if self._link else None
-        if ready is not None and not self._closed:
-            self._note(ready[0], ready[0].settle())
+        """The copy is over (link's thread)."""
+        copier = self._link.copier if self._link else None
+        if copier is not None and not self._closed:
+            self._note(copier, copier.settle())
 
     # --- what became of it ------------------------------------------------------------------------
 
@@ -362,7 +423,7 @@ class Guard:
         copier = link.copier
         if copier is None:
             return None
-        if not copier.engine.wait(max(0.0, deadline_s - self._clock.monotonic_s())):
+        if not copier.wait(max(0.0, deadline_s - self._clock.monotonic_s())):
             return copier.arena.committed_step or None  # patience is over, the copy is not: it goes on by itself
         self._note(copier, copier.settle())
         while not self._decided(copier):
@@ -393,7 +454,8 @@ class Guard:
             "asked_step": self._asked(copier) if copier else None,
             "protected": copier is not None and not self._off,
             "connected": bool(link and link.connected()),
-            "trouble": link.trouble if link else "",
+            "trouble": (link.trouble if link else "") or self._trouble or (copier.trouble if copier else ""),
+            "gpu": bool(link and link.layout and link.layout.gpu is not None),
             "taken": self._taken,
             "published": self._published,
             "skipped": dict(self._skips),
@@ -414,8 +476,8 @@ class Guard:
         self._timings["copy_s"] = settled.copy_s
         if settled.skipped:
             self._served_naming = -1
-            self._note_skip("spoiled")
-            self._once("spoiled", f"the snapshot of step {settled.step} was dropped: {settled.skipped}")
+            self._note_skip(settled.kind)
+            self._once(settled.kind, f"the snapshot of step {settled.step} was dropped: {settled.skipped}")
         else:
             self._published += 1
             self._last_published, self._published_in = settled.step, copier
@@ -498,7 +560,3 @@ class Guard:
     def _forked(self) -> None:
         """In a child (a DataLoader worker): the arena is not mapped here, and nothing of this guard is the child's."""
         self._off = self._closed = True
-
-
-def _with_restored(session: Session, snapshot: wire.SnapshotId) -> Session:
-    return replace(session, restored=snapshot)

@@ -203,7 +203,10 @@ def unpack(raw: bytes) -> dict[str, Any]:
     length = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or length > len(raw) - 8:
         raise ValueError(f"host state claims {length} bytes in a tensor of {len(raw)}")
-    document = json.loads(raw[8 : 8 + length])
+    try:
+        document = json.loads(raw[8 : 8 + length])
+    except RecursionError:
+        raise ValueError("host state is nested too deeply to be one of ours") from None
     if not isinstance(document, dict):
         raise ValueError("host state is no JSON object")
     return document

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -15,15 +16,29 @@ from typing import Any
 
 import torch
 
-from snapshotd import faults, wire
+from snapshotd import faults, geometry, wire
 from snapshotd.clock import Clock, SystemClock
 from snapshotd.config import ClientConfig, job_name, load_client_config
 from snapshotd.door_client import DoorClient
 from snapshotd.errors import REFUSALS, ConfigError, DaemonUnavailable, ProtocolError, Refused
-from snapshotd_client.agree import Card, Peers, disagreement, next_generation, on_one_node
+from snapshotd_client.agree import (
+    Card,
+    Elsewhere,
+    Introduced,
+    Peers,
+    disagreement,
+    grouping,
+    next_generation,
+    on_one_node,
+    place,
+    places,
+)
 from snapshotd_client.copier import Session
 from snapshotd_client.hook import Guard
 from snapshotd_client.state import TrainingState
+
+INTRODUCED_S = 30.0
+log = logging.getLogger("snapshotd")
 
 
 def protect(
@@ -41,7 +56,8 @@ def protect(
 
     `optimizer` is one or a sequence; it stays yours. `extra` maps names to whatever else must come back: anything with
     `state_dict`/`load_state_dict`, and `torch.Generator`. `every` is the fewest steps between snapshots. `parity` and
-    `group_size` shape the protection between nodes and have no effect on one node.
+    `group_size` shape the protection between nodes (any `parity` lost nodes of a group of about `group_size` can be
+    rebuilt) and have no effect on one node.
 
     ConfigError for a wrong argument, RankClaimed where the job already runs on this node. A daemon that is absent is no
     error: training goes on unprotected, with one warning, until one answers.
@@ -56,7 +72,8 @@ def protect(
     state.host(0)  # an extra that cannot be stored is refused now, not at the first snapshot
     peers = Peers(config.gather_s)
     name = job_name(job, environment)
-    door, inventory, refusal = _take_inventory(config, name, clock)
+    door, taken, refusal = _take_inventory(config, name, clock)
+    inventory = taken.inventory if taken is not None else None
     kind, sentence = refusal
     faults.crash_point("restore.inventory")
     cards = peers.gather(
@@ -76,6 +93,12 @@ def protect(
     )
     _refuse_together(cards)
     local = [card.rank for card in cards if on_one_node(card, cards[peers.rank])]
+    nodes = places(cards)
+    _warn_of_missing_daemons(cards, peers)
+    inventories = [card.inventory for card in cards if card.inventory is not None]
+    elsewhere = _elsewhere(peers, taken, inventories, first=peers.rank == local[0])
+    inventories += elsewhere
+    _introduce(peers, door if peers.rank == local[0] else None, name, nodes, elsewhere)
     session = Session(
         name,
         next_generation(cards, clock.wall_s()),
@@ -85,8 +108,10 @@ def protect(
         every,
         parity,
         group_size,
+        nodes=tuple(nodes),
+        groups=grouping(nodes, inventories, group_size, None),
     )
-    inventories = [card.inventory for card in cards if card.inventory is not None]
+    _say_what_is_clipped(session, peers)
     threads = config.copy_threads or max(1, min(4, len(os.sched_getaffinity(0)) // (2 * len(local))))
     return Guard(state, peers, session, config, inventories, door, clock, threads)
 
@@ -98,8 +123,8 @@ def _client_config(environment: Mapping[str, str], socket: str | os.PathLike[str
 
 def _take_inventory(
     config: ClientConfig, job: str, clock: Clock
-) -> tuple[DoorClient | None, wire.Inventory | None, tuple[str, str]]:
-    """Knock for a bounded time; the door, what the node holds of this job, and a refusal in words."""
+) -> tuple[DoorClient | None, wire.InventoryTaken | None, tuple[str, str]]:
+    """Knock for a bounded time; the door, what is held of this job, and a refusal in words."""
     deadline_s, pause = clock.monotonic_s() + config.wait_s, Event()
     while True:
         try:
@@ -107,7 +132,7 @@ def _take_inventory(
             door.ask(wire.Hello("trainer", os.getpid()), timeout_s=10.0)
             reply, _ = door.ask(wire.TakeInventory(job), timeout_s=120.0)
             if isinstance(reply, wire.InventoryTaken):
-                return door, reply.inventory, ("", "")
+                return door, reply, ("", "")
             raise ProtocolError("unexpected", "the daemon answered with something else; install the same release")
         except (ProtocolError, Refused) as error:
             return None, None, (getattr(error, "kind", "protocol"), str(error))
@@ -115,6 +140,62 @@ def _take_inventory(
             if clock.monotonic_s() >= deadline_s:
                 return None, None, ("", "")
             pause.wait(0.1)
+
+
+def _elsewhere(
+    peers: Peers, taken: wire.InventoryTaken | None, known: list[wire.Inventory], *, first: bool
+) -> list[wire.Inventory]:
+    """Inventories of nodes that left the job and still hold some of it, each once. One rank of a node tells."""
+    members = {inventory.node for inventory in known}
+    told = taken.peers if taken is not None and first else []
+    mine = [one for one in told if one.node not in members and (one.shards or one.parities or one.arenas)]
+    gathered = [one for message in peers.gather(Elsewhere(mine)) for one in message.inventories]
+    return list({one.node: one for one in gathered}.values())
+
+
+def _introduce(
+    peers: Peers, door: DoorClient | None, job: str, nodes: list[wire.Place], elsewhere: list[wire.Inventory]
+) -> None:
+    """Have every daemon of the job believe all others, before any of them asks another for something.
+
+    This is where trust comes from: who is in the process group is in the job. One rank of a node tells its daemon.
+    """
+    said = Introduced()
+    if door is not None and (nodes or elsewhere):
+        ask = wire.Introduce(job, nodes, [place(one, []) for one in elsewhere if one.address])
+        try:
+            door.ask(ask, timeout_s=INTRODUCED_S)
+        except (ProtocolError, Refused) as error:
+            said = Introduced(str(error))
+        except DaemonUnavailable as error:  # training goes on, and attaching introduces once more
+            log.warning("snapshotd: the daemon went away while it was told who is in the job (%s)", error)
+    for rank, one in enumerate(peers.gather(said)):
+        if one.refusal:
+            raise Refused(f"rank {rank}: {one.refusal}")
+
+
+def _warn_of_missing_daemons(cards: list[Card], peers: Peers) -> None:
+    silent = [card.rank for card in cards if card.inventory is None]
+    if peers.rank == 0 and silent and len(silent) < len(cards):
+        log.warning(
+            "snapshotd: no daemon answers rank %d (and %d more ranks): a job on several nodes is protected only if "
+            "each has one, so training goes on unprotected; start `snapshotd serve` there and restart the job",
+            silent[0],
+            len(silent) - 1,
+        )
+
+
+def _say_what_is_clipped(session: Session, peers: Peers) -> None:
+    smallest = min((len(group) for group in session.groups), default=0)
+    if peers.rank == 0 and session.groups and session.parity > smallest - 1:
+        log.warning(
+            "snapshotd: parity=%d needs groups of more than %d nodes and the smallest of this job has %d: there it is "
+            "%d, so that many lost nodes of that group can be rebuilt",
+            session.parity,
+            session.parity,
+            smallest,
+            geometry.parity_for(session.parity, smallest),
+        )
 
 
 def _refuse_together(cards: list[Card]) -> None:

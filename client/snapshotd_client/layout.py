@@ -1,4 +1,4 @@
-"""From live tensors to a plan: the file's manifest, the copy engine's items, and the watch that says if it still holds.
+"""From live tensors to a plan: the file's manifest, the copy's items, and the watch that says if it still holds.
 
 Built from the leaves once per layout. Between two cuts nothing is planned anew: the watch compares containers, objects
 and pointers in C++, and only where one moved do the leaves get collected again.
@@ -14,7 +14,8 @@ import torch
 
 from snapshotd import _native
 from snapshotd.manifest import HOST_ALIGN_BYTES, Entry, Manifest, lay_out, round_up
-from snapshotd_client import tree
+from snapshotd_client import gpu, tree
+from snapshotd_client.gpu import OnDevice
 from snapshotd_client.state import code_of
 from snapshotd_client.tree import Leaf, World
 
@@ -54,7 +55,10 @@ def _widen(shape: tuple[int, ...], width: int, scalar: int) -> tuple[int, ...]:
 
 @dataclass
 class Layout:
-    """One layout of this rank's state. `signature` is equal for leaves that fit the same file."""
+    """One layout of this rank's state. `signature` is equal for leaves that fit the same file.
+
+    `gpu` is what a device copies. Beside it tensors in host memory are small: the plan takes all of them in the cut.
+    """
 
     world: World
     manifest: Manifest
@@ -64,10 +68,13 @@ class Layout:
     watch: _native.Watch
     versions: _native.Watch
     signature: tuple[Any, ...]
+    gpu: OnDevice | None = None
     _outside_pointers: list[int] = field(default_factory=list)
+    _outside_on_gpu: list[str] = field(default_factory=list)
     _held: list[torch.Tensor] = field(default_factory=list)
     _now: list[Part] = field(default_factory=list)
     _later: list[Part] = field(default_factory=list)
+    _watched: list[str] = field(default_factory=list)
 
     @property
     def host_place(self) -> tuple[int, int]:
@@ -76,18 +83,22 @@ class Layout:
 
     def parts_later_name(self, index: int) -> str:
         """The name of a tensor by its place in `versions`."""
-        return self._later[index].leaf.name
+        return self._watched[index]
 
     def point_outside(self, outside: Mapping[str, torch.Tensor]) -> bool:
         """Take the tensors that extras returned at this cut; False where they are not those of the layout."""
         if list(outside) != self.outside:
             return False
-        tensors = [tensor.contiguous() for tensor in outside.values()]
-        for name, tensor in zip(self.outside, tensors, strict=True):
+        on_gpu = [name for name, tensor in outside.items() if gpu.is_on_gpu(tensor)]
+        for name, tensor in outside.items():
             if self.manifest.entries[name].shape != tuple(tensor.shape) or _code(tensor) != _code_in(self, name):
                 return False
-        self._held = tensors  # the engine reads them before `begin` returns
-        pointers = [tensor.data_ptr() for tensor in tensors]
+        if on_gpu != self._outside_on_gpu:
+            return False
+        if self.gpu is not None:
+            self.gpu.point_last([outside[name] for name in on_gpu])
+        self._held = [tensor.contiguous() for name, tensor in outside.items() if name not in on_gpu]
+        pointers = [tensor.data_ptr() for tensor in self._held]  # read before `begin` returns
         if pointers != self._outside_pointers:
             self._outside_pointers = pointers
             now = [part.tensor.data_ptr() for part in self._now] + pointers
@@ -107,7 +118,15 @@ def _code_in(layout: Layout, name: str) -> str:
 def signature_of(leaves: Sequence[Leaf], groups: Any) -> tuple[Any, ...]:
     """What must be equal for two collections of leaves to share a layout."""
     rows = tuple(
-        (leaf.name, tuple(leaf.local.shape), leaf.local.dtype, leaf.offset, leaf.global_shape, leaf.now)
+        (
+            leaf.name,
+            tuple(leaf.local.shape),
+            leaf.local.dtype,
+            leaf.offset,
+            leaf.global_shape,
+            leaf.now,
+            leaf.local.device,
+        )
         for leaf in leaves
     )
     return rows, repr(groups)
@@ -126,18 +145,23 @@ def build(
 ) -> Layout:
     """Plan a layout. `manifest` is that of an earlier layout with the same signature, whose file stays as it is.
 
-    `host_bytes` is the length of the host document now; twice that is reserved, at least 16 KiB.
+    `host_bytes` is the length of the host document now; twice that is reserved, at least 16 KiB. ConfigError where
+    tensors lie on several devices.
     """
     parts = [Part(leaf, *share) for leaf in leaves if (share := tree.share_of(leaf)) is not None]
-    outside = {name: tensor.contiguous() for name, tensor in outside.items()}
+    outside = {n: t if gpu.is_on_gpu(t) else t.contiguous() for n, t in outside.items()}
     if manifest is None:
         capacity = round_up(max(2 * host_bytes, 16 << 10), HOST_ALIGN_BYTES)
         manifest = lay_out(_entries(parts, outside, world, capacity), _facts(world, groups, aliases))
-    now = [part for part in parts if part.leaf.now]
-    later = [part for part in parts if not part.leaf.now]
     extra_items = [
         Part(_outside_leaf(name, tensor, world), tensor, (0,) * tensor.dim()) for name, tensor in outside.items()
     ]
+    on_gpu = _on_device([*parts, *extra_items], manifest)
+    in_host = [part for part in parts if not gpu.is_on_gpu(part.tensor)]
+    now = [part for part in in_host if part.leaf.now or on_gpu is not None]
+    later = [part for part in in_host if not part.leaf.now and on_gpu is None]
+    beside = later if on_gpu is None else [part for part in parts if gpu.is_on_gpu(part.tensor) and not part.leaf.now]
+    extra_in_host = [part for part in extra_items if not gpu.is_on_gpu(part.tensor)]
     links = [link for leaf in leaves for link in leaf.links]
     return Layout(
         world=world,
@@ -146,16 +170,32 @@ def build(
         outside=list(outside),
         plan=_native.Plan(
             file_bytes=manifest.file_bytes,
-            now=[part.item(manifest.places[part.leaf.name]) for part in (*now, *extra_items)],
+            now=[part.item(manifest.places[part.leaf.name]) for part in (*now, *extra_in_host)],
             later=[part.item(manifest.places[part.leaf.name]) for part in later],
         ),
         watch=_native.Watch(links=links, sizes=list(sizes), tensors=[_watched(leaf) for leaf in leaves]),
-        versions=_native.Watch(links=[], sizes=[], tensors=[_watched(part.leaf) for part in later]),
+        versions=_native.Watch(links=[], sizes=[], tensors=[_watched(part.leaf) for part in beside]),
         signature=signature_of(leaves, groups),
-        _outside_pointers=[tensor.data_ptr() for tensor in outside.values()],
+        gpu=on_gpu,
+        _outside_pointers=[part.tensor.data_ptr() for part in extra_in_host],
+        _outside_on_gpu=[part.leaf.name for part in extra_items if gpu.is_on_gpu(part.tensor)],
         _now=now,
         _later=later,
+        _watched=[part.leaf.name for part in beside],
     )
+
+
+def _on_device(parts: Sequence[Part], manifest: Manifest) -> OnDevice | None:
+    """What the device copies, extras' tensors last; None where nothing is on one."""
+    ordinal = gpu.one_device((part.leaf.name, part.tensor) for part in parts)
+    if ordinal is None:
+        return None
+    made = OnDevice(ordinal)
+    for part in parts:
+        if gpu.is_on_gpu(part.tensor):
+            made.add(part.tensor, manifest.places[part.leaf.name], mirrored=part.leaf.now)
+    made.planned()
+    return made
 
 
 def _watched(leaf: Leaf) -> tuple[torch.Tensor, int]:

@@ -199,7 +199,7 @@ class Link:
         copier = self._claim(request)
         if copier is None:
             return
-        copier.prepare(layout)
+        copier.prepare(layout, self.done_fd)
         self.copier, self.layout, self._wanted = copier, layout, None
         if old is not None:
             old.close()
@@ -287,6 +287,11 @@ class Link:
 
 def attach_request(session: Session, layout: Layout, passed: int, file_bytes: int) -> wire.Attach:
     """What a rank asks for: slots of whole blocks that hold its layout."""
+    return changed(bare_request(session, file_bytes, passed), fingerprint=layout.manifest.fingerprint)
+
+
+def bare_request(session: Session, file_bytes: int, passed: int) -> wire.Attach:
+    """What a rank asks for whose layout is not known yet: slots of whole blocks that hold so many bytes."""
     block = block_bytes_for(file_bytes)
     return wire.Attach(
         job=session.job,
@@ -298,12 +303,15 @@ def attach_request(session: Session, layout: Layout, passed: int, file_bytes: in
         every=session.every,
         slot_bytes=round_up(file_bytes, block),
         block_bytes=block,
-        fingerprint=layout.manifest.fingerprint,
+        fingerprint=bytes(32),
         parity=session.parity,
         group_size=session.group_size,
         numa_node=numa_node_here(),
         passed=passed,
         restored=session.restored,
+        committed=session.committed,
+        nodes=list(session.nodes),
+        groups=[list(group) for group in session.groups],
     )
 
 

@@ -15,7 +15,7 @@ import torch
 
 from snapshotd.errors import ConfigError, LayoutChanged
 from snapshotd.manifest import Entry
-from snapshotd_client import hoststate, tree
+from snapshotd_client import gpu, hoststate, tree
 from snapshotd_client.tree import Leaf, Spread, World
 
 
@@ -46,6 +46,7 @@ class TrainingState:
         self._mixed: list[list[str]] = [[] for _ in self.optimizers]
         for name, tensor in self.names.parameters.items():
             refuse_unsupported(name, tree.local_of(tensor))
+        gpu.one_device((name, tree.local_of(tensor)) for name, tensor in self.names.parameters.items())
 
     # --- out --------------------------------------------------------------------------------------
 
@@ -194,10 +195,16 @@ class TrainingState:
         shape = tuple(facts.get("shape", entry.global_shape))
         if facts["dtensor"]:
             fresh[facts["param"]][path] = _empty_dtensor(parameter, dtype)
-        elif shape == tuple(parameter.shape) and not tree.is_dtensor(parameter):
-            fresh[facts["param"]][path] = torch.empty_like(parameter, dtype=dtype, requires_grad=False).detach()
+            return
+        # On a GPU some state stays in host memory, Adam's count of steps say: each where it was, beside its parameter.
+        local = tree.local_of(parameter)
+        in_host = gpu.is_on_gpu(local) and not facts.get("gpu")
+        if in_host or shape != tuple(local.shape) or tree.is_dtensor(parameter):
+            fresh[facts["param"]][path] = (
+                torch.empty(shape, dtype=dtype) if in_host else local.new_empty(shape, dtype=dtype)
+            )
         else:
-            fresh[facts["param"]][path] = torch.empty(shape, dtype=dtype)
+            fresh[facts["param"]][path] = torch.empty_like(local, dtype=dtype)
 
     def apply_host(self, document: Mapping[str, Any], outside: Mapping[str, torch.Tensor]) -> None:
         """Put hyperparameters, extras and, last, the random generators back."""
@@ -243,10 +250,10 @@ def plain_parts(leaf: Leaf, world: World) -> list[Leaf]:
 
 def refuse_unsupported(name: str, local: torch.Tensor) -> None:
     """ConfigError for a tensor whose bytes cannot be taken as they are."""
-    if local.device.type != "cpu":
+    if local.device.type not in ("cpu", "cuda"):
         raise ConfigError(
-            f"{name} is on {local.device}: this release copies from host memory only, so training on accelerators "
-            f"cannot be protected yet; train on the CPU, or keep your disk checkpoints"
+            f"{name} is on {local.device}: snapshots are copied from host memory and from CUDA devices only, so this "
+            f"run cannot be protected; {gpu.ADVICE}"
         )
     if local.layout != torch.strided or local.is_conj() or local.is_neg():
         raise ConfigError(f"{name} is not a plain strided tensor ({local.layout}); make it dense before protect()")

@@ -232,6 +232,8 @@ def optimizer_leaves(
             if is_dtensor(value):
                 links.append((value, "_local_tensor", local))
             facts = {"kind": "optim", "optimizer": index, "param": name, "path": path, "dtensor": is_dtensor(value)}
+            if local.device.type == "cuda":
+                facts["gpu"] = True
             full = f"{spread.prefix}optim{index}/{name}/{'/'.join(map(str, path))}"
             leaves.append(Leaf(full, local, spread, facts=facts, links=tuple(links)))
     return leaves, mixed

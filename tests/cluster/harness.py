@@ -52,6 +52,8 @@ class Spec:
     hooks_only: bool = False
     flush: bool = True
     every: int = 1
+    parity: int = 2
+    group_size: int = 8
     die: str = ""
     die_step: int = 0
     crash: str = ""
@@ -106,26 +108,23 @@ class Trainer:
 
 
 class Daemon:
-    """One daemon with its own socket and its own directory in shared memory."""
+    """One daemon with its own socket and its own directory in shared memory.
+
+    `within` begins its command where it runs inside namespaces of its own, and `shm_flag` is what it is told there.
+    """
 
     def __init__(self, shm_dir: Path, folder: Path, *flags: str) -> None:
         self.shm_dir, self.folder, self.flags = shm_dir, folder, flags
+        self.within: tuple[str, ...] = ()
+        self.shm_flag = shm_dir
         self.socket = folder / "door.sock"
         self.log = folder / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, environment: dict[str, str] | None = None) -> None:
         """Start it and wait until it answers, or until it ended by itself."""
-        command = [
-            sys.executable,
-            "-m",
-            "snapshotd",
-            "serve",
-            "--socket",
-            str(self.socket),
-            "--shm-dir",
-            str(self.shm_dir),
-        ]
+        serve = (sys.executable, "-m", "snapshotd", "serve")
+        command = [*self.within, *serve, "--socket", str(self.socket), "--shm-dir", str(self.shm_flag)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [*command, *self.flags], stdout=log, stderr=log, env={**os.environ, **(environment or {})}

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -23,6 +23,7 @@ from snapshotd.door_client import DoorClient
 from snapshotd.errors import REFUSALS, Refused, SnapshotError
 from snapshotd.wire import GenerationId, SnapshotId
 
+_Reply = TypeVar("_Reply", bound=msgspec.Struct)
 BLOCK_BYTES = 4096
 SLOT_BYTES = 4 * BLOCK_BYTES
 STATES = {
@@ -64,10 +65,19 @@ def attach_request(job: str, rank: int, world_size: int, generation: int, **chan
 class Puppet:
     """The test's end: every method is an order, and what the puppet raised is raised here."""
 
-    def __init__(self, socket: Path, rank: int = 0, world_size: int = 1, generation: int = 1, job: str = "job") -> None:
+    def __init__(
+        self,
+        socket: Path,
+        rank: int = 0,
+        world_size: int = 1,
+        generation: int = 1,
+        job: str = "job",
+        within: tuple[str, ...] = (),
+    ) -> None:
         self.rank, self.world_size, self.generation, self.job = rank, world_size, generation, job
+        self.within = within
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cluster.puppet", str(socket)],
+            [*within, sys.executable, "-m", "tests.cluster.puppet", str(socket)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -112,13 +122,23 @@ class Puppet:
 
     def inventory(self, job: str | None = None) -> wire.Inventory:
         """Take the inventory."""
-        return msgspec.msgpack.decode(base64.b64decode(self.order("inventory", job or self.job)), type=wire.Inventory)
+        self.begin("inventory", job or self.job)
+        return self.finish_inventory()
+
+    def finish_inventory(self) -> wire.Inventory:
+        """The answer to an order for it that was begun."""
+        return msgspec.msgpack.decode(base64.b64decode(self.finish()), type=wire.Inventory)
 
     def grant(self, **changes: Any) -> bytes:
         """Attach, without taking the lock yet. Returns the arena's id."""
         request = attach_request(self.job, self.rank, self.world_size, self.generation, **changes)
         self.arena = bytes.fromhex(self.order("grant", base64.b64encode(msgspec.msgpack.encode(request)).decode()))
         return self.arena
+
+    def ask(self, request: wire.Request, kind: type[_Reply]) -> _Reply:
+        """Ask anything at all over the puppet's own connection."""
+        answer = self.order("ask", base64.b64encode(msgspec.msgpack.encode(request)).decode())
+        return msgspec.msgpack.decode(base64.b64decode(answer), type=kind)
 
     def attach(self, **changes: Any) -> bytes:
         """Connect if need be, attach, take the lock and say so."""
@@ -199,6 +219,10 @@ class Orders:
         reply, _ = self._door.ask(wire.TakeInventory(job))
         assert isinstance(reply, wire.InventoryTaken)
         return base64.b64encode(msgspec.msgpack.encode(reply.inventory)).decode()
+
+    def ask(self, request: str) -> str:
+        reply, _ = self._door.ask(msgspec.msgpack.decode(base64.b64decode(request), type=wire.Request))
+        return base64.b64encode(msgspec.msgpack.encode(reply)).decode()
 
     def grant(self, request: str) -> str:
         reply, fds = self._door.ask(msgspec.msgpack.decode(base64.b64decode(request), type=wire.Attach))

@@ -15,7 +15,9 @@ from snapshotd import _native, faults
 from tests.cluster.harness import Spec, Stage, Trainer, stage, until
 
 RECIPE, STEPS = "one_cycle", 12
-TRAINER_POINTS = [*faults.TRAINER_POINTS, *_native.crash_points()]
+HERE = [point for point in faults.TRAINER_POINTS if not point.startswith(faults.ON_SEVERAL_NODES)]
+ELSEWHERE = ("fence", "inherit", "free", *faults.ON_SEVERAL_NODES)
+TRAINER_POINTS = [*HERE, *_native.crash_points()]
 
 
 @functools.cache
@@ -65,9 +67,7 @@ def test_a_trainer_killed_in_a_later_copy_loses_nothing_committed(point: str, sh
 
 @pytest.mark.parametrize("trainer_too", [False, True], ids=["trainer lives", "trainer dies too"])
 @pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize(
-    "point", [point for point in faults.DAEMON_POINTS if not point.startswith(("fence", "inherit", "free"))]
-)
+@pytest.mark.parametrize("point", [point for point in faults.DAEMON_POINTS if not point.startswith(ELSEWHERE)])
 def test_a_daemon_killed_at_any_point_of_saving_loses_nothing_committed(
     point: str, count: int, trainer_too: bool, shm_dir: Path, tmp_path: Path
 ) -> None:

@@ -427,7 +427,7 @@ def test_an_arena_that_nobody_comes_back_for_is_freed_after_the_lease(shm_dir: P
 def test_a_job_that_spans_nodes_is_refused_with_a_sentence(daemon: Node) -> None:
     trainer = daemon.puppet(0, 4)
     trainer.connect()
-    with pytest.raises(Refused, match="this release protects jobs that run on one node"):
+    with pytest.raises(Refused, match="the others' nodes were not named, so this run trains unprotected"):
         trainer.grant(local_ranks=[0, 1])
 
 

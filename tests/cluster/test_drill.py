@@ -1,4 +1,4 @@
-"""`snapshotd drill`, played for real: a daemon, torchrun, a kill in the middle of a copy."""
+"""`snapshotd drill`, played for real: daemons, torchrun, a kill in the middle of a copy, nodes that are destroyed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def text_of(shm_dir: Path, pattern: str) -> str:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_trainer_killed_in_the_middle_of_a_copy_comes_back_bit_for_bit(parallel: str, shm_dir: Path) -> None:
-    drill = start(shm_dir, "--parallel", parallel, "--steps", "15", "--json")
+    drill = start(shm_dir, "--nodes", "1", "--parallel", parallel, "--steps", "15", "--json")
     out, err = drill.communicate(timeout=280)
     assert drill.returncode == 0, err
     report = json.loads(out)  # one object and nothing else
@@ -70,11 +70,59 @@ def test_a_trainer_killed_in_the_middle_of_a_copy_comes_back_bit_for_bit(paralle
     assert processes_of_drills_in(shm_dir) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_drill_that_is_stopped_in_the_middle_leaves_no_process_and_no_file(number: int, shm_dir: Path) -> None:
-    drill = start(shm_dir, "--parallel", "ddp", "--steps", "500")
-    wait_until(lambda: '"event": "step"' in text_of(shm_dir, "interrupted/rank1-*.jsonl"), drill)
-    assert len(processes_of_drills_in(shm_dir)) >= 4  # daemon, torchrun and two trainers
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("arguments", "lost"),
+    [
+        (["--nodes", "4", "--parity", "2", "--lose", "2", "--parallel", "fsdp"], [0, 3]),
+        (["--nodes", "5", "--group-size", "3", "--parity", "1", "--lose", "1", "--parallel", "ddp"], [0]),
+    ],
+    ids=["two-of-four", "one-of-a-group-of-five"],
+)
+def test_nodes_that_are_destroyed_are_rebuilt_bit_for_bit(arguments: list[str], lost: list[int], shm_dir: Path) -> None:
+    drill = start(shm_dir, *arguments, "--json")
+    out, err = drill.communicate(timeout=380)
+    assert drill.returncode == 0, (out, err)
+    report = json.loads(out)
+    assert report["bit_identical"] is True and report["lost"] is False and report["why"] == ""
+    assert len(report["lost_nodes"]) == len(lost)
+    assert 0 < report["committed_before_kill"] <= report["resumed_after_kill_step"]
+    assert report["resumed_after_kill_step"] < report["last_commit_before_loss"]
+    assert report["last_commit_before_loss"] <= report["resumed_after_loss_step"] < report["steps"]
+    assert report["bytes_rebuilt"] > 0 and report["seconds_to_rebuild"] > 0
+    assert report["data_bytes"] > 0 and report["parity_bytes"] > 0
+    assert report["digest_interrupted"] == report["digest_undisturbed"] != ""
+    assert report["losses_different"] == 0 and report["losses_compared"] >= report["ranks"] * report["steps"]
+    assert list(shm_dir.iterdir()) == []
+    assert processes_of_drills_in(shm_dir) == []
+
+
+@pytest.mark.timeout(300)
+def test_more_nodes_than_parity_carries_end_in_a_sentence_that_says_what_is_lost(shm_dir: Path) -> None:
+    drill = start(shm_dir, "--nodes", "2", "--parity", "0", "--lose", "1", "--json")
+    out, err = drill.communicate(timeout=280)
+    assert drill.returncode == 1, (out, err)
+    report = json.loads(out)
+    assert report["bit_identical"] is False and report.get("lost") is True, (report, err)
+    assert f"step {report['last_commit_before_loss']} " in report["why"] and "missing" in report["why"]
+    assert (report["nodes"], report["parity"], len(report["lost_nodes"])) == (2, 0, 1)
+    assert list(shm_dir.iterdir()) == []
+    assert processes_of_drills_in(shm_dir) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "nodes", "processes"),
+    [
+        (signal.SIGINT, 1, 4),  # daemon, agent and two trainers
+        (signal.SIGTERM, 2, 6),  # two daemons, two agents and a trainer each
+    ],
+)
+def test_a_drill_that_is_stopped_in_the_middle_leaves_no_process_and_no_file(
+    number: int, nodes: int, processes: int, shm_dir: Path
+) -> None:
+    drill = start(shm_dir, "--nodes", str(nodes), "--parallel", "ddp", "--steps", "500")
+    wait_until(lambda: '"event": "step"' in text_of(shm_dir, "interrupted/node*/rank1-*.jsonl"), drill)
+    assert len(processes_of_drills_in(shm_dir)) >= processes
     drill.send_signal(number)
     _, err = drill.communicate(timeout=60)
     assert drill.returncode == 130
@@ -85,7 +133,7 @@ def test_a_drill_that_is_stopped_in_the_middle_leaves_no_process_and_no_file(num
 
 def test_a_drill_that_is_stopped_while_its_daemon_starts_leaves_nothing(shm_dir: Path) -> None:
     drill = start(shm_dir)
-    wait_until(lambda: any(shm_dir.glob("snapshotd-drill-*/daemon.log")), drill)
+    wait_until(lambda: any(shm_dir.glob("snapshotd-drill-*/node-3.log")), drill)
     drill.send_signal(signal.SIGINT)
     drill.communicate(timeout=60)
     assert drill.returncode == 130
@@ -96,7 +144,7 @@ def test_a_drill_that_is_stopped_while_its_daemon_starts_leaves_nothing(shm_dir:
 def test_a_daemon_that_refuses_to_start_is_quoted(shm_dir: Path) -> None:
     too_deep = shm_dir / ("a" * 100)
     too_deep.mkdir()
-    drill = start(too_deep, "--json")
+    drill = start(too_deep, "--nodes", "1", "--json")
     out, err = drill.communicate(timeout=60)
     assert drill.returncode == 1
     assert "longer than the 100 bytes that Unix sockets allow" in err

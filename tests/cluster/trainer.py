@@ -83,8 +83,9 @@ def train(spec: Spec, journal: Journal) -> None:
     if spec.guard:
         optimizer: Any = run.optimizers if len(run.optimizers) > 1 else run.optimizers[0]
         guard = snapshotd_client.protect(
-            run.model, optimizer, job=spec.job, every=spec.every, extra=run.extra, socket=spec.socket
-        )
+            run.model, optimizer, job=spec.job, every=spec.every, extra=run.extra, socket=spec.socket,
+            parity=spec.parity, group_size=spec.group_size,
+        )  # fmt: skip
         first = guard.restore(**spec.restore)
         journal.write("restored", step=first, report=guard.status()["restore"])
     for step in range(first, spec.steps):
@@ -97,6 +98,8 @@ def train(spec: Spec, journal: Journal) -> None:
             if spec.flush:
                 journal.write("committed", step=guard.flush(spec.flush_s))
                 wait_until_asked(guard)
+            elif spec.die == "after_commit" and guard.status()["committed_step"] is None:
+                wait_until_asked(guard, also_for_a_daemon=True)
         if spec.die and step + 1 == spec.die_step:
             dump(spec, run)
             die(spec, guard, journal)
@@ -105,11 +108,12 @@ def train(spec: Spec, journal: Journal) -> None:
         guard.close()
 
 
-def wait_until_asked(guard: snapshotd_client.Guard) -> None:
-    """Until the daemon has asked for the next snapshot (for a moment only): these steps are far too short."""
-    for _ in range(200):
+def wait_until_asked(guard: snapshotd_client.Guard, *, also_for_a_daemon: bool = False) -> None:
+    """Until the daemon has asked for the next snapshot (for a moment only): these steps are far too short, and what one
+    rank hears before this step and another behind it is a snapshot that never becomes whole."""
+    for _ in range(2000 if also_for_a_daemon else 200):
         status = guard.status()
-        if status["asked_step"] is not None or not status["connected"]:
+        if status["asked_step"] is not None or not (also_for_a_daemon or status["connected"]):
             return
         time.sleep(0.001)
 

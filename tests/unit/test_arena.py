@@ -6,15 +6,18 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from snapshotd import _native, arena
 from snapshotd import root as root_module
 from snapshotd.arena import ArenaFile, slug
+from snapshotd.clock import Clock
 from snapshotd.errors import ConfigError, SnapshotError
-from snapshotd.root import Root
+from snapshotd.peers import SERIALS, first_serial
+from snapshotd.root import KEYS, KNOWN, LastDaemon, Root
 
 BLOCK = SLOT = 4096
 OWNER: dict[str, Any] = {
@@ -287,3 +290,36 @@ def test_a_shared_parent_without_the_sticky_bit_is_refused(shm_dir: Path, monkey
     (shm_dir / "shared").chmod(0o777)
     with pytest.raises(ConfigError, match="cannot hold arenas"):
         Root.open(shm_dir / "shared" / "0")
+
+
+def test_what_a_daemon_wrote_down_is_there_for_the_next_one_whatever_was_there_before(shm_dir: Path) -> None:
+    root = Root.open(shm_dir / "root")
+    try:
+        assert root.last_daemon() == LastDaemon(0, 0, 0)
+        for me in (LastDaemon(29650, 29651, 1 << 61), LastDaemon(1, 65535, 7)):
+            root.write_down(me)
+            assert root.last_daemon() == me
+        for rubbish in (b"1", b"1 2 x", b"70000 1 1", b"1 -2 3", b"1 2 -3", b"x y z", b"\xff" * 64, b"9" * 64):
+            (shm_dir / "root" / "daemon.last").write_bytes(rubbish)
+            assert root.last_daemon() == LastDaemon(0, 0, 0)
+        assert not root.scan()[1], "it is no damaged arena"
+    finally:
+        root.close()
+
+
+@pytest.mark.parametrize("name", [KEYS, KNOWN])
+def test_what_a_daemon_remembers_and_half_of_what_it_was_writing_are_no_damaged_arenas(root: Root, name: str) -> None:
+    root.remember(name, b"a secret")
+    (root.path / f"{name}.new").write_bytes(b"half a sec")
+    assert root.recall(name) == b"a secret"
+    assert root.scan() == ([], [])
+
+
+@pytest.mark.parametrize("wall_s", [0.0, 1.7e9, 4e9])
+def test_a_daemon_counts_what_it_says_from_above_all_that_the_last_one_said_whatever_the_clock_says(
+    wall_s: float,
+) -> None:
+    clock = cast(Clock, SimpleNamespace(wall_s=lambda: wall_s))
+    before = 1_800_000_000_000 << 20
+    assert first_serial(clock, LastDaemon(serial=before)) >= before + SERIALS
+    assert first_serial(clock, LastDaemon()) >= int(wall_s * 1000) << 20

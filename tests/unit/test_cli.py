@@ -54,7 +54,10 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     ("arguments", "sentence"),
     [
         (["serve", "--memory-limit", "lots"], "'lots' is no amount of memory"),
-        (["serve", "--listen", "tcp://0.0.0.0:7780"], "not loopback"),
+        (["serve", "--listen", "tcp://0.0.0.0:7780"], "name an interface, or advertise one address"),
+        (["serve", "--authenticate", "no", "--listen", "tcp://10.0.0.1:0"], "not loopback"),
+        (["serve", "--interface", "none7"], "there is no network interface 'none7' here"),
+        (["serve", "--peer-bandwidth", "fast"], "'fast' is no bandwidth"),
         (["serve", "--lease", "0"], "must lie between"),
         (["serve", "--crash", "nowhere"], "there is no crash point 'nowhere'"),
         (["serve", "--config", "/nonexistent.toml"], "cannot be read"),

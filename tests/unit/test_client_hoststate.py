@@ -121,6 +121,12 @@ def test_random_bytes_are_no_host_state(raw: bytes) -> None:
         hoststate.unpack(raw)
 
 
+def test_a_document_that_is_nested_without_end_is_no_host_state() -> None:
+    text = b"[" * 200_000
+    with pytest.raises(ValueError, match="nested"):
+        hoststate.unpack(len(text).to_bytes(8, "little") + text)
+
+
 def test_a_document_comes_back_and_what_follows_it_does_not_matter() -> None:
     raw = hoststate.pack({"step": 3})
     assert hoststate.unpack(raw + b"\0" * 100) == {"step": 3}

@@ -227,7 +227,7 @@ def test_an_impatient_flush_leaves_a_long_copy_alone(guard: Guard, monkeypatch: 
         raise AssertionError("settling a copy that still runs would give it up")
 
     arena = SimpleNamespace(committed_step=7)
-    copier = SimpleNamespace(engine=SimpleNamespace(wait=lambda _: False), settle=settle, arena=arena)
+    copier = SimpleNamespace(wait=lambda _: False, settle=settle, arena=arena)
     link = SimpleNamespace(trouble="", waiting=lambda: False, copier=copier)
     with monkeypatch.context() as patched:
         patched.setattr(guard, "_link", link)

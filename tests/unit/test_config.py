@@ -9,18 +9,31 @@ from typing import Any
 
 import pytest
 
+from snapshotd import config as settings
 from snapshotd.config import (
     SYSTEM_SOCKET,
     DaemonConfig,
     default_socket,
     find_socket,
+    interface_address,
     job_name,
     load_client_config,
     load_daemon_config,
+    network_interfaces,
     parse_address,
+    parse_bandwidth,
     parse_bytes,
+    with_addresses,
 )
 from snapshotd.errors import ConfigError
+
+HOST = {
+    "lo": ["127.0.0.1", "::1"],
+    "eth1": ["fe80::1%eth1", "fd00::7", "10.1.2.3", "10.1.2.4"],
+    "ib0": ["fe80::2%ib0", "fd00::8"],
+    "down": [],
+    "half": ["fe80::3%half"],
+}
 
 
 @pytest.mark.parametrize(
@@ -61,10 +74,21 @@ def test_without_any_setting_the_defaults_hold() -> None:
         ("claim_wait_s", "601", "between 0 and 600 seconds"),
         ("memory_limit", "-5", "no amount of memory"),
         ("listen", "127.0.0.1:1", "write it like tcp://"),
-        ("listen", "tcp://10.0.0.1:1", "not loopback"),
-        ("listen", "tcp://127.evil.example:1", "not loopback"),
         ("listen", "tcp://127.0.0.1:70000", "port below 65536"),
+        ("listen", "tcp://*:7780", "name an interface, or advertise one address"),
+        ("listen", "tcp://[::]:7780", "name an interface, or advertise one address"),
+        ("authenticate", "sometimes", "no yes or no"),
         ("advertise", "nowhere", "write it like 127.0.0.1:7780"),
+        ("stream_port", "65536", "stream_port is 65536; it must lie between 0 and 65535"),
+        ("stream_port", "any", "no whole number"),
+        ("stream_port", "-1", "must lie between"),
+        ("domain", "rack\n7", "write it like rack=7, printable"),
+        ("domain", "ä" * 101, "at most 200 bytes"),
+        ("peer_bandwidth", "25Gbit/s", "no bandwidth; write it like 2GB/s or 500MB/s: bytes, not bits"),
+        ("peer_bandwidth", "9999999999TB", "between 0 and"),
+        ("scrub_bandwidth", "often", "no bandwidth; write it like"),
+        ("scrub_every_s", "0", "between 0.1 and"),
+        ("interface", "none7", "no network interface 'none7' here; there are .*lo"),
         ("exit_idle", "perhaps", "no yes or no"),
         ("node_id", "x" * 201, "at most 200 bytes"),
         ("socket", "/" + "x" * 100, "longer than the 100 bytes"),
@@ -82,6 +106,10 @@ def test_a_wrong_value_is_refused_with_what_is_allowed(setting: str, value: str,
         ("leese = 5", "sets 'leese', which is no setting; the settings are"),
         ("lease = [5]", "no number"),
         ("lease = true", "no number"),
+        ("stream_port = 7781.5", "no whole number"),
+        ("stream_port = inf", "no whole number"),
+        ("stream_port = true", "no whole number"),
+        ("interface = 5", "no network interface '5'"),
         ("exit_idle = 7", "no yes or no"),
     ],
 )
@@ -99,13 +127,131 @@ def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 def test_every_setting_can_come_from_a_variable() -> None:
     values: dict[str, Any] = {
-        "node_id": "n", "listen": "tcp://[::1]:7780", "advertise": "host:1", "socket": "/s", "shm_dir": "/d",
-        "memory_limit": "1GiB", "claim_wait_s": "1", "lease_s": "2", "exit_idle": "yes", "crash": "grant.sent",
+        "node_id": "n", "interface": "lo", "listen": "tcp://[::1]:7780", "advertise": "localhost:1", "socket": "/s",
+        "stream_port": "7781", "domain": "rack=7,switch=2", "peer_bandwidth": "2GB/s", "shm_dir": "/d",
+        "memory_limit": "1GiB", "claim_wait_s": "1", "lease_s": "2", "exit_idle": "yes", "authenticate": "no",
+        "codec": "cpu", "scrub_bandwidth": "1GB/s", "scrub_every_s": "60", "crash": "grant.sent",
     }  # fmt: skip
     environment = {f"SNAPSHOTD_{name.removesuffix('_s').upper()}": value for name, value in values.items()}
     config = load_daemon_config({}, environment)
     assert set(values) == {one.name for one in fields(DaemonConfig)}
     assert all(getattr(config, one.name) != getattr(DaemonConfig(), one.name) for one in fields(DaemonConfig))
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"), [("0", 0), ("2GB", 2 * 10**9), ("2GB/s", 2 * 10**9), (" 1.5 GiB/s ", 3 << 29), ("7/s", 7)]
+)
+def test_bandwidths_are_read(text: str, amount: int) -> None:
+    assert parse_bandwidth(text) == amount
+
+
+@pytest.mark.parametrize("text", ["", "/s", "fast", "2GB/min", "2GBps", "-1"])
+def test_what_is_no_bandwidth_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="no bandwidth"):
+        parse_bandwidth(text)
+
+
+def test_a_bandwidth_may_be_a_number_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("peer_bandwidth = 500_000_000\nstream_port = 7781\n")
+    config = load_daemon_config({}, {}, file)
+    assert (config.peer_bandwidth, config.stream_port) == (500_000_000, 7781)
+
+
+# --- addresses -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "address"), [("lo", "127.0.0.1"), ("eth1", "10.1.2.3"), ("ib0", "fd00::8")])
+def test_an_interface_stands_for_its_first_ipv4_address_else_one_of_ipv6_that_others_can_reach(
+    name: str, address: str
+) -> None:
+    assert interface_address(name, HOST) == address
+
+
+@pytest.mark.parametrize("name", ["down", "half"])
+def test_an_interface_without_an_address_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"interface {name} has no address that peers could use"):
+        interface_address(name, HOST)
+
+
+def test_an_interface_that_is_not_here_is_refused_with_those_that_are() -> None:
+    with pytest.raises(ConfigError, match="'eth0' here; there are down, eth1, half, ib0, lo"):
+        interface_address("eth0", HOST)
+
+
+@pytest.mark.parametrize(
+    ("given", "listen", "advertise"),
+    [
+        ({}, "", ""),
+        ({"listen": "tcp://127.0.0.1:*"}, "tcp://127.0.0.1:0", ""),
+        ({"listen": "tcp://127.0.0.1:0"}, "tcp://127.0.0.1:0", ""),
+        ({"interface": "eth1"}, "tcp://10.1.2.3:7780", "10.1.2.3:7780"),
+        ({"interface": "ib0"}, "tcp://[fd00::8]:7780", "[fd00::8]:7780"),
+        ({"interface": "eth1", "listen": "tcp://*:*"}, "tcp://10.1.2.3:0", "10.1.2.3:0"),
+        ({"interface": "eth1", "listen": "tcp://*:9"}, "tcp://10.1.2.3:9", "10.1.2.3:9"),
+        ({"interface": "eth1", "listen": "tcp://10.1.2.4:9"}, "tcp://10.1.2.4:9", "10.1.2.3:9"),
+        ({"interface": "eth1", "advertise": "nat:8"}, "tcp://10.1.2.3:7780", "nat:8"),
+        ({"interface": "eth1", "advertise": "*:8"}, "tcp://10.1.2.3:7780", "10.1.2.3:8"),
+        ({"listen": "tcp://[::1]:9", "advertise": "localhost:*"}, "tcp://[::1]:9", "localhost:9"),
+        ({"listen": "tcp://127.0.0.1:*", "advertise": "localhost:*"}, "tcp://127.0.0.1:0", "localhost:0"),
+        ({"listen": "tcp://*:9"}, "tcp://*:9", ""),
+    ],
+)
+def test_an_interface_gives_listen_and_advertise_the_host_that_they_lack(
+    given: dict[str, Any], listen: str, advertise: str
+) -> None:
+    config = with_addresses(DaemonConfig(**given), HOST)
+    assert (config.listen, config.advertise) == (listen, advertise)
+    assert with_addresses(config, HOST) == config
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"interface": "eth1"}, "advertise is '10.1.2.3:7780', which is not loopback, and authenticate is off"),
+        ({"interface": "lo", "listen": "tcp://10.1.2.3:1"}, "listen is 'tcp://10.1.2.3:1', which is not loopback"),
+        ({"interface": "lo", "advertise": "10.1.2.3:1"}, "advertise is '10.1.2.3:1', which is not loopback"),
+        ({"listen": "tcp://127.evil.example:9"}, "not loopback.*training state; leave authenticate on"),
+        ({"listen": "tcp://*:9", "advertise": "127.0.0.1:1"}, "listen is 'tcp://.:9', which is not loopback"),
+        ({"listen": "tcp://127.0.0.1:9", "advertise": "host:1"}, "advertise is 'host:1', which is not loopback"),
+        ({"advertise": "127.0.0.1:9"}, "listen is not set, so peers would find nobody there"),
+        ({"listen": "tcp://127.0.0.1:9", "stream_port": "9"}, "listen and stream_port are both 9"),
+    ],
+)
+def test_what_others_could_reach_is_refused_where_peers_do_not_authenticate(
+    given: dict[str, str], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "network_interfaces", lambda: HOST)
+    with pytest.raises(ConfigError, match=sentence):
+        load_daemon_config({**given, "authenticate": "no"}, {})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"interface": "eth1"},
+        {"listen": "tcp://10.1.2.3:1"},
+        {"listen": "tcp://*:9", "advertise": "10.1.2.3:0"},
+        {"listen": "tcp://127.0.0.1:9", "advertise": "host:1"},
+    ],
+)
+def test_peers_that_authenticate_listen_on_any_network(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "network_interfaces", lambda: HOST)
+    assert load_daemon_config(given, {}).authenticate
+
+
+def test_the_interface_of_this_machine_is_looked_up_when_the_settings_are_read() -> None:
+    assert "127.0.0.1" in network_interfaces()["lo"]
+    config = load_daemon_config({"interface": "lo", "listen": "tcp://*:*"}, {})
+    assert (config.listen, config.advertise) == ("tcp://127.0.0.1:0", "127.0.0.1:0")
+
+
+def test_no_interface_is_looked_up_where_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "network_interfaces", None)
+    assert load_daemon_config({"listen": "tcp://127.0.0.1:0"}, {}).listen == "tcp://127.0.0.1:0"
+
+
+# --- where trainers look, and names ----------------------------------------------------------------
 
 
 def test_a_trainer_finds_the_users_socket_else_the_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,3 +305,4 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_addresses_are_read() -> None:
     assert parse_address("listen", "[::1]:80") == ("::1", 80)
     assert parse_address("listen", "host:0") == ("host", 0)
+    assert parse_address("listen", "*:*") == ("*", 0)

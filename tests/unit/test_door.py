@@ -237,7 +237,7 @@ def test_random_bytes_on_the_socket_do_no_harm(path: Path, seed: int) -> None:
             try:
                 one.sendall(data)
                 one.shutdown(socket.SHUT_WR)
-            except (BrokenPipeError, ConnectionResetError):
+            except OSError:  # it hung up before the end
                 pass
             answered = read_all(one)
         host.ended.acquire(timeout=30)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
-
 from snapshotd.ledger import (
     CALM_COMMITS,
     LEAD_STEPS_MAX,
@@ -137,8 +135,34 @@ def test_with_parity_to_come_a_full_slot_protects_nothing_yet() -> None:
     book = Ledger(NOW, frozenset([0]), needs_parity=True)
     book.observe(0, view(5, (FULL, 5)))
     assert not book.state().protects(5)
-    book.observe(0, view(5, (Progress.PROTECTED, 5)))
+    assert book.parity_whole(5) == [Advance(0, 0, FULL, Progress.PROTECTED)]
     assert book.state().protects(5)
+
+
+def test_a_mark_of_an_earlier_daemon_protects_nothing_until_parity_was_seen_again() -> None:
+    book = Ledger(NOW, frozenset([0]), needs_parity=True)
+    book.observe(0, view(5, (Progress.PROTECTED, 5)))
+    assert not book.state().protects(5)
+    book.parity_whole(5)
+    assert book.state().protects(5)
+    book.parity_gone(5)
+    assert not book.state().protects(5), "it turned out damaged"
+
+
+def test_a_name_is_further_ahead_than_the_lag_that_was_seen() -> None:
+    def said(passed: int, heard: int, held: Progress | None = None) -> NodeState:
+        return NodeState(True, {0: passed}, {0: {} if held is None else {passed: held}}, heard)
+
+    coordinator = Coordinator(frozenset(["a", "b"]))
+    for name in ("a", "b"):
+        coordinator.observe(name, said(10, 0))
+    assert coordinator.name_next() == 11
+    coordinator.observe("a", said(10, 1))
+    coordinator.observe("b", said(13, 1))  # it went on three steps before it heard
+    for name in ("a", "b"):
+        coordinator.observe(name, NodeState(True, {0: 14}, {0: {14: COMMITTED}}, 1))
+    assert coordinator.committed == 14
+    assert coordinator.name_next() == 18
 
 
 def test_a_commit_of_the_generation_before_is_no_vote_in_this_one() -> None:
@@ -258,20 +282,3 @@ def test_damage_that_nobody_can_name_does_not_keep_the_next_step_from_being_name
     chair = alone()
     chair.observe("a", state(1, {10**15: DAMAGED}))
     assert chair.name_next() == 2
-
-
-@pytest.mark.parametrize(
-    ("held", "waiting"),
-    [
-        ({5: Progress.PROTECTED}, [Commit]),  # not marked yet
-        ({4: COMMITTED, 5: COMMITTED}, [Commit]),  # not freed yet
-        ({5: COMMITTED, 6: FULL}, [Abort]),
-        ({5: COMMITTED}, []),
-    ],
-)
-def test_what_a_node_does_not_show_yet_is_said_again(held: dict[int, Progress], waiting: list[type]) -> None:
-    chair = alone()
-    chair.observe("a", NodeState(True, {0: 6, 1: 6}, {0: {5: COMMITTED, 6: FULL}, 1: {5: COMMITTED}}))
-    chair.observe("a", state(6, held))
-    assert [type(one) for one in chair.unheard("a")] == waiting
-    assert chair.unheard("b") == []

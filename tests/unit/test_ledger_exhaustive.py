@@ -89,8 +89,8 @@ MUTANTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("three_steps",),
     ),
     "nothing is waited for before older slots go": (
-        "        if self.committed is None:\n            return None\n",
-        "        if self.committed is None:\n            return None if step else 'old'\n",
+        "            return self._gives_way(rank, slot)\n",
+        "            return None if step else 'old'\n",
         ("two_full_slots_inherited",),
     ),
     "a dead trainer's full slot is emptied": (

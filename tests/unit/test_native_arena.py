@@ -372,6 +372,7 @@ def test_a_read_only_arena_refuses_every_change(fd: int) -> None:
             lambda: arena.empty(0),
             lambda: arena.advance(0, _native.FULL, _native.COMMITTED),
             lambda: arena.set_block_crcs(0, 1),
+            lambda: arena.put_block_crcs(0, 1, bytes(4)),
             lambda: arena.wake(),
             lambda: set_owner(arena),
             lambda: setattr(arena, "passed", 1),

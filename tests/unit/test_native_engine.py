@@ -599,3 +599,23 @@ def test_a_plain_copy_of_unequal_lengths_is_refused() -> None:
         _native.copy([bytearray(4)], [])
     with pytest.raises(BufferError):
         _native.copy(b"abcd", b"abcd")
+
+
+def test_the_items_of_now_alone_are_copied_where_others_fill_the_rest(
+    arena: _native.Arena, engine: _native.Engine
+) -> None:
+    first, second = random_arrays(2)
+    plan = _native.Plan(
+        file_bytes=SLOT, now=[item_of(first, 8)], later=[item_of(second, SLOT // 2)]
+    )  # `later` belongs to whoever fills the rest
+    with pytest.raises(ValueError, match="claim it first"):
+        engine.copy_now(plan, 0)
+    index = claim(arena)
+    before = slot_contents(arena, index, SLOT)
+    engine.copy_now(plan, index)
+    after = slot_contents(arena, index, SLOT)
+    assert after == before[:8] + bytes_of([first]) + before[8 + first.nbytes :]
+    assert arena.address % 4096 == 0 and arena.crcs_offset(1) - arena.crcs_offset(0) >= 4 * (SLOT // BLOCK)
+    engine.close()
+    with pytest.raises(RuntimeError, match="engine is closed"):
+        engine.copy_now(plan, index)

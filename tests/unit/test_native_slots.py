@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 from collections.abc import Iterator
 
@@ -109,7 +110,27 @@ def test_a_file_that_does_not_fit_the_slot_is_not_published(arena: _native.Arena
         arena.publish(index, file_bytes)
     with pytest.raises(ValueError, match="file_bytes"):
         arena.set_block_crcs(index, file_bytes)
+    with pytest.raises(ValueError, match="file_bytes"):
+        arena.put_block_crcs(index, file_bytes, bytes(4))
     assert arena.slot(index).state == _native.FILLING
+
+
+def test_checksums_that_are_known_already_are_stored_as_they_are(arena: _native.Arena) -> None:
+    index = claim(arena)
+    with arena.slot_view(index) as view:
+        view[:] = random.Random(3).randbytes(len(view))
+        words = b"".join(
+            _native.crc32c(view[at : at + BLOCK]).to_bytes(4, "little") for at in range(0, SLOT - 100, BLOCK)
+        )
+        last = _native.crc32c(view[(SLOT - 100) // BLOCK * BLOCK : SLOT - 100]).to_bytes(4, "little")
+    arena.put_block_crcs(index, SLOT - 100, words[:-4] + last)
+    arena.publish(index, SLOT - 100)
+    assert arena.verify(index) == []
+    assert arena.crc_words(index) == words[:-4] + last
+    for wrong in (words[:-4], words + bytes(4), words[:-1]):
+        with pytest.raises(ValueError, match=r"checksums|4 bytes"):
+            arena.put_block_crcs(index, SLOT - 100, wrong)
+    assert arena.verify(index) == []
 
 
 def test_every_flipped_byte_is_found_in_its_block(fd: int, arena: _native.Arena) -> None:

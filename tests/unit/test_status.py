@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from snapshotd import status
 from snapshotd.budget import Room
 from snapshotd.metrics import COUNTERS, Metrics
-from snapshotd.status import ArenaFacts, GenerationFacts, NodeFacts, SlotFacts
+from snapshotd.status import ArenaFacts, CohortFacts, GenerationFacts, GroupFacts, NodeFacts, ParityFacts, SlotFacts
 from snapshotd.wire import ArenaReport, GenerationId, Inventory, Shard, SnapshotId
 
 GENERATION = GenerationId(3, b"\xab" * 16)
@@ -28,19 +29,34 @@ def node() -> NodeFacts:
         shm_dir="/dev/shm/snapshotd/0",
         listen="",
         advertise="10.0.0.1:7780",
+        streams="10.0.0.1:7781",
+        authenticates=True,
+        domain="rack=7",
         connections=2,
         memory_limit_bytes=0,
         used_bytes=3 << 30,
     )
 
 
-def generation(held: bool = True) -> GenerationFacts:
+def cohort() -> CohortFacts:
+    groups = [
+        GroupFacts(["host-1", "host-2", "host-3"], 1, ["host-3"], 0, True),
+        GroupFacts(["host-4", "host-5", "host-6"], 1, [], None, False),
+    ]
+    return CohortFacts(
+        "host-1", "host-2", [{"node": "00", "name": f"host-{n}"} for n in range(1, 7)], groups, "no room"
+    )
+
+
+def generation(held: bool = True, peers: CohortFacts | None = None) -> GenerationFacts:
     slots = [
         SlotFacts(0, "COMMITTED", 41, "step 41", 1 << 20, 1, ""),
         SlotFacts(1, "DAMAGED", 42, "step 42", 1 << 20, 0, "block 7 is bad"),
     ]
     arena = ArenaFacts(ARENA.hex(), 0, held, 99 if held else 0, 42, False, 3 << 30, 7200.0, slots)
-    return GenerationFacts(3, "ab" * 16, 1, 1, False, "step 30", True, 41, 43, 12, 1, [arena])
+    sets = [asdict(ParityFacts(ARENA.hex(), 0, "COMMITTED", 41, "step 41", 2, 1 << 20, ""))] if peers else []
+    parity = {"total_bytes": 2 << 30 if peers else 0, "sets": sets}
+    return GenerationFacts(3, "ab" * 16, 1, 1, False, "step 30", True, 41, 43, 12, 1, 1 / 13, [arena], parity, peers)
 
 
 def inventory(ever_committed: bool = True, shards: bool = True) -> Inventory:
@@ -54,7 +70,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "node": node(),
         "rooms": [Room("the cgroup /x", 5 << 30, "memory.max"), Room("this machine", 9 << 30, "")],
         "jobs": {"llama": [generation()]},
-        "inventories": {"llama": inventory()},
+        "inventories": {"llama": [inventory()]},
         "damaged": ["/dev/shm/x cannot be used"],
         "counters": Metrics().document(),
     }
@@ -68,8 +84,19 @@ def test_the_document_says_what_can_be_recovered_and_why() -> None:
     assert "it is committed" in found["why"]
 
 
+def test_groups_are_shown_with_who_protects_whom_and_how_many_more_may_be_lost() -> None:
+    one = document(jobs={"llama": [generation(peers=cohort())]})
+    assert one["jobs"]["llama"]["generations"][0]["cohort"]["groups"][0]["losses_left"] == 0
+    text = status.text(one)
+    assert "host-1 coordinates, this is host-2" in text
+    assert "group 0 (ours): host-1, host-2, host-3; parity 1, 0 more lost nodes can be rebuilt; silent: host-3" in text
+    assert "group 1: host-4, host-5, host-6; parity 1, not heard from here" in text
+    assert "parity: 2.0 GiB for others; COMMITTED step 41" in text
+    assert "! no room" in text
+
+
 def test_what_was_committed_and_is_gone_is_called_lost() -> None:
-    one = document(inventories={"llama": inventory(shards=False)})
+    one = document(inventories={"llama": [inventory(shards=False)]})
     assert one["jobs"]["llama"]["recoverable"]["lost"]
     assert "job llama: LOST" in status.text(one)
 
@@ -90,6 +117,7 @@ def test_the_text_has_what_a_person_looks_for() -> None:
         "generation 3-ababab, 1 ranks, committed step 41 (12 commits, 1 aborts), went on from step 30",
         "rank 0: pid 99, at step 42; COMMITTED step 41, DAMAGED step 42 (set aside: block 7 is bad)",
         "! /dev/shm/x cannot be used",
+        "scrubber: off",
     ):
         assert part in text
 
@@ -97,6 +125,16 @@ def test_the_text_has_what_a_person_looks_for() -> None:
 def test_an_arena_without_a_trainer_says_how_long_it_stays() -> None:
     text = status.text(document(jobs={"llama": [generation(held=False)]}))
     assert "no trainer, freed in 2 h 0 min" in text
+
+
+def test_what_the_scrubber_did_and_what_it_could_not_repair_is_told() -> None:
+    scrub = {"bandwidth": 1, "every_s": 300.0, "rotten": ["rank 0's shard has 2 blocks that fail"]}
+    counters = dict.fromkeys((f"{name}_total" for name in COUNTERS), 0) | {
+        "scrub_checked_total": 90, "scrub_found_total": 5, "scrub_repaired_total": 3,
+    }  # fmt: skip
+    text = status.text({**document(), "scrub": scrub, "counters": counters})
+    assert "scrubber: 90 blocks read again, 5 had rotted, 3 were repaired" in text
+    assert "! rank 0's shard has 2 blocks that fail" in text
 
 
 def test_an_empty_node_reads_well() -> None:

@@ -40,10 +40,40 @@ shards = st.builds(
 arenas = st.builds(
     wire.ArenaReport, id16, ranks, generations, counts, counts, counts, st.booleans(), st.none() | snapshots
 )
+badges = st.builds(wire.Badge, st.binary(min_size=32, max_size=32), st.binary(min_size=1, max_size=400))
+places = st.builds(wire.Place, id16, texts, texts, texts, st.lists(ranks, max_size=2), st.none() | badges)
 inventories = st.builds(
-    wire.Inventory, id16, texts, st.lists(shards, max_size=3), st.lists(arenas, max_size=3), st.lists(texts, max_size=3)
+    wire.Inventory, id16, texts, st.lists(shards, max_size=3), st.lists(arenas, max_size=3),
+    st.lists(texts, max_size=3), badge=st.none() | badges,
+)  # fmt: skip
+blocks = st.integers(4096, 16 << 20)
+states = st.sampled_from(["FILLING", "FULL", "PROTECTED", "COMMITTED"])
+shapes = st.builds(wire.ShardShape, ranks, counts, blocks, st.binary(min_size=32, max_size=32))
+layouts = st.builds(
+    wire.GroupLayout, st.integers(0, 254), blocks, counts, st.lists(st.lists(shapes, max_size=2), max_size=3)
 )
+holdings = st.builds(wire.Holding, texts, texts, id16, slots)
+held = st.builds(wire.HeldShard, ranks, snapshots, states, id16, slots, shapes)
+peer_messages: st.SearchStrategy[Any] = st.one_of(
+    st.builds(
+        wire.Publish, names, generations, id16, counts, st.booleans(), st.booleans(),
+        st.dictionaries(ranks, counts, max_size=3), st.lists(held, max_size=2), counts, counts, counts, texts,
+    ),
+    st.builds(
+        wire.Decree, names, generations, id16, counts, counts, st.lists(counts, max_size=4), counts, counts,
+        st.booleans(), counts, counts,
+    ),
+    st.builds(wire.Doubt, names, generations, id16, slots, snapshots, texts),
+    st.builds(wire.AskInventory, names),
+    st.builds(wire.Read, names, id16, slots, snapshots, counts, st.integers(0, wire.READ_BYTES_MAX)),
+    st.builds(
+        wire.Rebuild, id16, snapshots, ranks, layouts, st.dictionaries(ranks, holdings, max_size=2),
+        st.dictionaries(st.integers(0, 254), holdings, max_size=2),
+    ),
+    st.builds(wire.AskRebuild, id16),
+)  # fmt: skip
 requests: st.SearchStrategy[Any] = st.one_of(
+    peer_messages,
     st.builds(wire.Hello, st.sampled_from(["trainer", "tool"]), counts),
     st.builds(wire.TakeInventory, names),
     st.builds(
@@ -52,6 +82,8 @@ requests: st.SearchStrategy[Any] = st.one_of(
         group_size=st.integers(1, 255), numa_node=st.integers(-1, 4095), passed=counts, arena=st.none() | id16,
         replaces=st.none() | id16, restored=st.none() | snapshots,
     ),
+    st.builds(wire.Introduce, names, st.lists(places, max_size=2), st.lists(places, max_size=2)),
+    st.just(wire.AskKey()),
     st.builds(wire.Held, id16),
     st.builds(wire.OpenShard, id16, slots, snapshots),
     st.builds(wire.CloseShard, id16, slots),
@@ -65,6 +97,12 @@ replies: st.SearchStrategy[Any] = st.one_of(
     st.builds(wire.Welcome, id16, texts, counts, st.floats(0, 600)),
     st.builds(wire.InventoryTaken, inventories),
     st.builds(wire.Granted, id16, counts),
+    st.builds(
+        wire.RebuildReport, st.booleans(), slots, counts, counts, st.floats(0, 600),
+        st.sampled_from(["", "corrupt", "failed"]), texts,
+    ),
+    st.builds(wire.Reading, st.integers(0, wire.READ_BYTES_MAX), counts, blocks, st.binary(max_size=64)),
+    st.builds(wire.LentKey, st.binary(max_size=600)),
     st.builds(wire.ShardOpened, counts, counts),
     st.builds(wire.StatusReport, st.binary(max_size=200)),
     st.builds(wire.Collected, counts, counts, st.lists(texts, max_size=3)),
@@ -86,7 +124,7 @@ ATTACH = wire.Attach(
 def test_every_message_of_the_protocol_is_tried_here() -> None:
     drawn: set[type] = set()
 
-    @settings(max_examples=400, database=None)
+    @settings(max_examples=1200, database=None)
     @given(requests | replies)
     def draw(message: Any) -> None:
         drawn.add(type(message))
