@@ -296,6 +296,12 @@ class Generation:
         slot = None if file is None else file.ordinal * SLOTS_MAX + index
         self._perform(self.ledger.parity_whole(step, slot))
 
+    def parity_place(self, snapshot: SnapshotId) -> tuple[ArenaFile, int] | None:
+        """Where the set stands that counts as this node's parity of a snapshot; None where none does."""
+        ours = snapshot == self.restored or snapshot.generation == self.identity
+        slot = self.ledger.parity_slot(snapshot.step) if ours else None
+        return self._place(slot) if slot is not None and slot // SLOTS_MAX in self._by_ordinal else None
+
     def died(self, rank: int) -> int:
         """The rank's trainer is gone: empty what it was filling. Returns how many slots that were."""
         self.ledger.observe(rank, self._view(rank))

@@ -235,6 +235,10 @@ class Ledger:
         """The parity that this node owns of this step is complete."""
         return step in self._parity
 
+    def parity_slot(self, step: int) -> int | None:
+        """The slot in which the set stands that counts for this step; None where none does, or it may be any."""
+        return self._parity.get(step)
+
     def has_aborted(self, step: int) -> bool:
         """This book has carried out that step's abort (its trainer may still be filling the slot)."""
         return step in self._aborted
@@ -381,7 +385,9 @@ class Ledger:
             return False
         others = (one for one in self._views[rank].slots if one != slot)
         return all(
-            one.snapshot is None or one.snapshot.generation == self.generation or self._gives_way(rank, one) is not None
+            one.snapshot in (None, self.restored)
+            or one.snapshot.generation == self.generation
+            or self._gives_way(rank, one) is not None
             for one in others
         )
 

@@ -91,6 +91,7 @@ class Workshop:
             if wanted != making.snapshot:
                 making.cancelled.set()
             return
+        self._free_twins(generation)
         self._free_outdated(generation)
         if cohort is None or wanted is None or self._ended or self._waits(generation):
             return
@@ -308,6 +309,27 @@ class Workshop:
             return 1
         marks = [one for file in generation.all_files() for one in views(file) if one.snapshot == wanted]
         return 2 if any(one.progress is Progress.COMMITTED for one in marks) else None
+
+    def _free_twins(self, generation: Generation) -> None:
+        """The same set may be there twice: a generation that was fenced while it made one ended that after its arena
+        had gone to this generation, which made it anew. One is enough, and without a free slot nothing newer could be
+        protected ever. The one that counts is kept, else the one whose mark says most.
+        """
+        if generation.ledger.fenced:
+            return
+        found: dict[tuple[SnapshotId | None, int, bytes], list[tuple[ArenaFile, SlotView]]] = {}
+        for file in generation.parity_files():
+            for view in views(file):
+                if view.progress >= Progress.FULL:
+                    info = file.native.slot(view.index)
+                    found.setdefault((view.snapshot, info.rank, info.fingerprint), []).append((file, view))
+        for (snapshot, _, _), twins in found.items():
+            counted = None if snapshot is None else generation.parity_place(snapshot)
+            twins.sort(key=lambda one: ((one[0], one[1].index) == counted, one[1].progress), reverse=True)
+            for file, view in twins[1:]:
+                if not file.pins[view.index]:
+                    file.quarantined.pop(view.index, None)
+                    file.native.empty(view.index)
 
     def _free_outdated(self, generation: Generation) -> None:
         """Once this generation has committed a snapshot, all nodes have the sets that their groups need: those of its

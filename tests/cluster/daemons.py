@@ -18,7 +18,7 @@ from snapshotd.door_client import DoorClient
 from snapshotd.errors import DaemonUnavailable
 from tests.cluster.puppet import Puppet
 
-WAIT_MAX_S = 30.0
+WAIT_MAX_S = 150.0
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_MAX_S) -> Any:

@@ -27,7 +27,7 @@ from snapshotd.door_client import DoorClient
 
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["tests.cluster.trainer"])
-WAIT_MAX_S = 60.0
+WAIT_MAX_S = 150.0
 
 
 def until(condition: Callable[[], Any], what: str, timeout_s: float = WAIT_MAX_S) -> Any:
@@ -122,7 +122,7 @@ class Daemon:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, environment: dict[str, str] | None = None) -> None:
-        """Start it and wait until it answers, or until it ended by itself."""
+        """Start it and wait until it answers, or until it ended by itself where it was told to crash."""
         serve = (sys.executable, "-m", "snapshotd", "serve")
         command = [*self.within, *serve, "--socket", str(self.socket), "--shm-dir", str(self.shm_flag)]
         with self.log.open("ab") as log:
@@ -131,6 +131,7 @@ class Daemon:
             )
         process = self.process
         until(lambda: self.answers() or process.poll() is not None, f"an answer of the daemon, see {self.log}")
+        assert process.poll() is None or environment, f"the daemon ended by itself: {self.log.read_text()[-2000:]}"
 
     def answers(self) -> bool:
         with contextlib.suppress(Exception):

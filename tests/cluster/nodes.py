@@ -7,6 +7,7 @@ begins, saves, dies and comes back as trainers do, by the same pure functions, a
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import itertools
 import os
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from snapshotd import _native, geometry, parityset, recovery, wire
 from snapshotd.arena import SLOTS
@@ -40,15 +41,29 @@ from tests.cluster.puppet import BLOCK_BYTES, SLOT_BYTES, Puppet, generation_id
 STEPS, DEATH = 10, 6
 SCENES_AT_ONCE = 6
 _Case = TypeVar("_Case")
-# A slice for each process of a run that goes side by side: none takes the port of a daemon that is about to come back.
-PORTS, SLICE = 20000, 1500
-_slice = PORTS + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 8 * SLICE
-_ports = itertools.cycle(range(_slice, _slice + SLICE))
+PORTS, SLICE, SLICES = 12000, 1000, 20
+
+
+@functools.cache
+def _ports() -> Iterator[int]:
+    """A slice of ports that is this process's while it lives, by a lock that it holds: no other run of these tests, in
+    this checkout or another, takes the port of a daemon that is about to come back."""
+    for number in range(SLICES):
+        lock = (Path(tempfile.gettempdir()) / f"snapshotd-test-ports-{number}.lock").open("w")
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _held.append(lock)
+            return itertools.cycle(range(PORTS + number * SLICE, PORTS + (number + 1) * SLICE))
+        lock.close()
+    raise AssertionError(f"{SLICES} runs of these tests go on already")
+
+
+_held: list[IO[str]] = []
 
 
 def steady_port() -> int:
     """A port that a daemon finds free again when it is restarted: none that the kernel gives to others meanwhile."""
-    for port in itertools.islice(_ports, SLICE):
+    for port in itertools.islice(_ports(), SLICE):
         with socket.socket() as one, contextlib.suppress(OSError):
             one.bind(("127.0.0.1", port))
             return port
@@ -324,6 +339,23 @@ class Arena:
         self.slots = [native.slot(index) for index in range(native.slots)]
         self._places = [native.slot_offset(index) for index in range(native.slots)]
         self._tables = [12288 + index * -(-native.slot_bytes // native.block_bytes * 4 // 64) * 64 for index in (0, 1)]
+        native.close()
+
+    def repeat(self, index: int) -> None:
+        """Put what is in this slot into a free one as well, published whole."""
+        fd, one = os.open(self.path, os.O_RDWR), self.slots[index]
+        try:
+            native = _native.Arena(fd, writable=True)
+        finally:
+            os.close(fd)
+        twin = native.claim(
+            generation=one.generation, nonce=one.nonce, step=one.step, rank=one.rank, world_size=one.world_size,
+            fingerprint=one.fingerprint,
+        )  # fmt: skip
+        with native.slot_view(twin) as to, native.slot_view(index) as what:
+            to[:] = what
+        native.set_block_crcs(twin, one.file_bytes)
+        native.publish(twin, one.file_bytes)
         native.close()
 
     @property

@@ -26,7 +26,7 @@ from tests.cluster.harness import until
 BEYOND = ["power cut beyond the parity"]
 STOPPED = 130
 PATIENCE_S = 500.0
-pytestmark = pytest.mark.timeout(600)  # programs that start programs, on a machine that may be very busy
+pytestmark = pytest.mark.timeout(900)  # programs that start programs, on a machine that may be very busy
 MARK = "TEST_SESSION_OF_SNAPSHOTD"  # as in conftest.py, which must not be imported twice
 
 

@@ -217,7 +217,7 @@ def start_run(where: Node, *command: str) -> subprocess.Popen[str]:
 def test_run_starts_a_daemon_that_outlives_the_command(runner: Node) -> None:
     names = "('SNAPSHOTD_SOCKET', 'SNAPSHOTD_JOB', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE')"
     run = start_run(runner, sys.executable, "-c", f"import os; print([os.environ[name] for name in {names}]); exit(7)")
-    out, _ = run.communicate(timeout=60)
+    out, _ = run.communicate(timeout=240)
     assert out == f"{[str(runner.socket), 'j', '1']}\n"
     assert run.returncode == 7
     assert runner.status()["shm_dir"] == str(runner.root)

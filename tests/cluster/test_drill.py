@@ -17,7 +17,7 @@ import pytest
 from snapshotd.stage import MARK
 
 ROOT = Path(__file__).parents[2]
-WAIT_MAX_S = 120.0
+WAIT_MAX_S = 250.0
 
 
 def start(shm_dir: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -49,11 +49,10 @@ def text_of(shm_dir: Path, pattern: str) -> str:
     return "".join(path.read_text() for path in shm_dir.glob(f"snapshotd-drill-*/{pattern}"))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_trainer_killed_in_the_middle_of_a_copy_comes_back_bit_for_bit(parallel: str, shm_dir: Path) -> None:
     drill = start(shm_dir, "--nodes", "1", "--parallel", parallel, "--steps", "15", "--json")
-    out, err = drill.communicate(timeout=280)
+    out, err = drill.communicate(timeout=500)
     assert drill.returncode == 0, err
     report = json.loads(out)  # one object and nothing else
     assert report["bit_identical"] is True
@@ -70,7 +69,6 @@ def test_a_trainer_killed_in_the_middle_of_a_copy_comes_back_bit_for_bit(paralle
     assert processes_of_drills_in(shm_dir) == []
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.parametrize(
     ("arguments", "lost"),
     [
@@ -97,10 +95,9 @@ def test_nodes_that_are_destroyed_are_rebuilt_bit_for_bit(arguments: list[str], 
     assert processes_of_drills_in(shm_dir) == []
 
 
-@pytest.mark.timeout(300)
 def test_more_nodes_than_parity_carries_end_in_a_sentence_that_says_what_is_lost(shm_dir: Path) -> None:
     drill = start(shm_dir, "--nodes", "2", "--parity", "0", "--lose", "1", "--json")
-    out, err = drill.communicate(timeout=280)
+    out, err = drill.communicate(timeout=500)
     assert drill.returncode == 1, (out, err)
     report = json.loads(out)
     assert report["bit_identical"] is False and report.get("lost") is True, (report, err)
@@ -124,7 +121,7 @@ def test_a_drill_that_is_stopped_in_the_middle_leaves_no_process_and_no_file(
     wait_until(lambda: '"event": "step"' in text_of(shm_dir, "interrupted/node*/rank1-*.jsonl"), drill)
     assert len(processes_of_drills_in(shm_dir)) >= processes
     drill.send_signal(number)
-    _, err = drill.communicate(timeout=60)
+    _, err = drill.communicate(timeout=240)
     assert drill.returncode == 130
     assert "stopped" in err
     assert list(shm_dir.iterdir()) == []
@@ -135,7 +132,7 @@ def test_a_drill_that_is_stopped_while_its_daemon_starts_leaves_nothing(shm_dir:
     drill = start(shm_dir)
     wait_until(lambda: any(shm_dir.glob("snapshotd-drill-*/node-3.log")), drill)
     drill.send_signal(signal.SIGINT)
-    drill.communicate(timeout=60)
+    drill.communicate(timeout=240)
     assert drill.returncode == 130
     assert list(shm_dir.iterdir()) == []
     assert processes_of_drills_in(shm_dir) == []
@@ -145,7 +142,7 @@ def test_a_daemon_that_refuses_to_start_is_quoted(shm_dir: Path) -> None:
     too_deep = shm_dir / ("a" * 100)
     too_deep.mkdir()
     drill = start(too_deep, "--nodes", "1", "--json")
-    out, err = drill.communicate(timeout=60)
+    out, err = drill.communicate(timeout=240)
     assert drill.returncode == 1
     assert "longer than the 100 bytes that Unix sockets allow" in err
     assert json.loads(out)["bit_identical"] is False

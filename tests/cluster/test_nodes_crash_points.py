@@ -131,6 +131,20 @@ def test_a_daemon_killed_while_it_makes_room_for_a_rank_or_for_parity_leaves_not
     side_by_side(play, [*ROOM, "reserve.created:2", "reserve.formatted:2"], shm_dir, tmp_path)
 
 
+def test_a_parity_set_that_is_there_twice_does_not_keep_newer_ones_out(shm_dir: Path, tmp_path: Path) -> None:
+    """A generation that is fenced while it makes one may publish it after the next has made the same: this took every
+    slot for good, and nothing was committed any more."""
+    with nodes(shm_dir, tmp_path, 2) as scene:
+        cast = Cast(scene, [0, 1])
+        cast.begin()
+        cast.save(1)
+        scene.arena(COORDINATOR, parity=True).repeat(0)
+        cast.save(2)
+        cast.save(3)
+        cast.kill()
+        comes_back(scene, cast, 3, FOLLOWER)
+
+
 @pytest.mark.parametrize("family", RESTORING.values(), ids=RESTORING)
 def test_a_daemon_killed_at_any_point_of_a_restore_loses_nothing(
     family: list[tuple[str, int]], shm_dir: Path, tmp_path: Path

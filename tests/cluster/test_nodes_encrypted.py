@@ -20,7 +20,7 @@ from tests.cluster.harness import until
 from tests.cluster.nodes import Cast, Nodes, contents, ends_exactly, nodes, pull, steady_port
 from tests.cluster.puppet import generation_id
 
-AWAY_S, PATIENCE_S = 1.0, 60.0
+AWAY_S, PATIENCE_S = 1.0, 150.0
 
 
 @pytest.fixture

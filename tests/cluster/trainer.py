@@ -49,7 +49,7 @@ def main(spec: Spec) -> None:
     logger.addHandler(_ToJournal(journal))
     logger.setLevel(logging.INFO)
     os.environ.update(spec.environment)
-    os.environ.setdefault("SNAPSHOTD_WAIT", "3")
+    os.environ.setdefault("SNAPSHOTD_WAIT", "60")  # a busy machine takes its time to restart a daemon
     if spec.crash:
         os.environ["SNAPSHOTD_CRASH"] = spec.crash
     torch.set_num_threads(1)

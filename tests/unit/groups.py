@@ -30,7 +30,7 @@ from tests.unit.native_support import BLOCK
 
 JOB = "job"
 SNAPSHOT = SnapshotId(GenerationId(3, bytes(range(16))), 840)
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 _RUBBISH = bytes([0xA5])
 _ids = itertools.count(1)
 

@@ -141,7 +141,7 @@ def test_the_unit_has_nothing_that_would_hide_trainers_or_take_memory_away(harmf
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_systemd_finds_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
-    asked = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, timeout=60)
+    asked = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, timeout=240)
     version = re.match(r"systemd (\d+)", asked.stdout)
     too_new = NEWER_THAN_SOME_SYSTEMD if version and int(version[1]) < 254 else ()
     lines = UNIT.read_text().replace("/opt/snapshotd/bin/snapshotd", sys.executable).splitlines(keepends=True)
@@ -165,7 +165,7 @@ def test_the_scripts_are_well_formed_and_executable(script: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing_in_the_scripts() -> None:
-    checked = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True, timeout=60)
+    checked = subprocess.run(["shellcheck", *map(str, SCRIPTS)], capture_output=True, text=True, timeout=240)
     assert checked.stdout == ""
 
 
@@ -197,7 +197,7 @@ class Node:
             "SNAPSHOTD": str(self.folder / "bin" / "snapshotd"), "SNAPSHOTD_MARKS": str(self.marks),
             "SLURM_JOB_ID": str(job), "SLURM_JOB_UID": str(uid),
         }  # fmt: skip
-        done = subprocess.run([str(DEPLOY / "slurm" / script)], env=environment, capture_output=True, timeout=60)
+        done = subprocess.run([str(DEPLOY / "slurm" / script)], env=environment, capture_output=True, timeout=240)
         return done.returncode
 
     def _lines(self, name: str) -> list[str]:

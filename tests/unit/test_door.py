@@ -240,7 +240,7 @@ def test_random_bytes_on_the_socket_do_no_harm(path: Path, seed: int) -> None:
             except OSError:  # it hung up before the end
                 pass
             answered = read_all(one)
-        host.ended.acquire(timeout=30)
+        host.ended.acquire(timeout=120)
         assert len(answered) % len(wire.pack(wire.Done())) == 0
         assert len(host.dropped) <= 1
 
@@ -329,8 +329,8 @@ def test_connections_are_bounded(path: Path, monkeypatch: pytest.MonkeyPatch) ->
             with DoorClient.connect(path) as third, pytest.raises(DaemonUnavailable):
                 third.ask(HELLO)
             assert host.reasons() == ["connections"]
-        host.ended.acquire(timeout=30)
-        host.ended.acquire(timeout=30)
+        host.ended.acquire(timeout=120)
+        host.ended.acquire(timeout=120)
         with DoorClient.connect(path) as fourth:
             assert fourth.ask(HELLO)[0] == wire.Done()
 

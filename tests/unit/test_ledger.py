@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from snapshotd.ledger import (
     CALM_COMMITS,
     LEAD_STEPS_MAX,
+    PARITY,
     Abort,
     Action,
     Advance,
@@ -173,6 +174,14 @@ def test_a_commit_of_the_generation_before_is_no_vote_in_this_one() -> None:
     alone = Ledger(NOW, frozenset([0]), restored=restored)
     alone.observe(0, view(40, (COMMITTED, 40), generation=OLD))
     assert alone.state().protects(40) and not alone.state().steps(COMMITTED)
+
+
+def test_of_the_parity_of_a_restored_snapshot_that_is_there_twice_an_abort_frees_none() -> None:
+    restored = SnapshotId(OLD, 40)
+    book = Ledger(NOW, frozenset([0]), restored=restored, needs_parity=True)
+    book.observe(0, RankView(40, (SlotView(0, Progress.FULL, restored),)))
+    book.observe(PARITY, RankView(0, tuple(SlotView(index, Progress.FULL, restored) for index in (0, 1))))
+    assert not [one for one in book.apply(Abort(40, "a rank has none")) if isinstance(one, Empty)]
 
 
 def test_a_rank_that_is_not_of_this_generation_is_not_published() -> None:

@@ -20,7 +20,7 @@ from snapshotd.errors import ConfigError, DaemonUnavailable, ProtocolError, Snap
 from snapshotd.mesh import Mesh, ask_over_network
 
 ANY = "tcp://127.0.0.1:*"
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 GENERATION = wire.GenerationId(1, bytes(16))
 HELLO = wire.Hello("tool", 1)
 WELCOME = wire.Welcome(bytes(16), "node", 1, 10.0)

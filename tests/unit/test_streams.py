@@ -32,7 +32,7 @@ BYTES = random.Random(1).randbytes(FILE_BYTES)
 WORDS = [zlib.crc32(BYTES[at : at + BLOCK]) for at in range(0, FILE_BYTES, BLOCK)]
 TABLE = struct.pack(f"<{len(WORDS)}I", *WORDS)  # any words will do: what moves them does not look at them
 NO_LIMIT = Pace(0, SystemClock(), lambda _: None)
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 
 
 def until(done: Callable[[], bool], what: str) -> None:

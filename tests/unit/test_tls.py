@@ -30,7 +30,7 @@ TABLE = _native.ec_crcs(BYTES, BLOCK)
 SNAPSHOT = wire.SnapshotId(wire.GenerationId(1, bytes(16)), 7)
 SERVER, READER, STRANGER = Keys.draw("server"), Keys.draw("reader"), Keys.draw("stranger")
 NO_LIMIT = Pace(0, SystemClock(), lambda _: None)
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 def until(done: Callable[[], bool], what: str) -> None:
