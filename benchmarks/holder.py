@@ -39,7 +39,7 @@ class Holder:
     def place(self) -> Place:
         """This node, for the others."""
         told = self.inventory
-        return Place(told.node, told.label, told.address, told.streams, [self.rank])
+        return Place(told.node, told.label, told.address, told.streams, [self.rank], told.badge)
 
     @property
     def arena(self) -> _native.Arena:

@@ -49,13 +49,22 @@ def ask_status(door: DoorClient) -> dict[str, Any]:
 
 
 class Node:
-    """One daemon. `cores` are those that it and its threads may run on (None: as this process)."""
+    """One daemon. `cores` are those that it and its threads may run on (None: as this process). `within` begins its
+    command where it runs in namespaces of its own, and `memory` is what it is told there (None: in its folder)."""
 
-    def __init__(self, folder: Path, label: str, *flags: str, cores: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        label: str,
+        *flags: str,
+        cores: Sequence[int] | None = None,
+        within: Sequence[str] = (),
+        memory: Path | None = None,
+    ) -> None:
         folder.mkdir(mode=0o700)
-        self.folder, self.memory, self.cores = folder, folder / "memory", cores
+        self.folder, self.memory, self.cores = folder, memory or folder / "memory", cores
         self.socket, self.log = folder / "socket", folder / "daemon.log"
-        command = [sys.executable, "-m", "snapshotd", "serve", "--socket", str(self.socket)]
+        command = [*within, sys.executable, "-m", "snapshotd", "serve", "--socket", str(self.socket)]
         command += ["--shm-dir", str(self.memory), "--node-id", label, *flags]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=pinned_to(cores), cwd=ROOT)

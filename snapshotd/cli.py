@@ -60,6 +60,11 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
         "what makes parity and rebuilds: auto measures both where there is a CUDA device and takes the faster "
         "(default: auto)",
     ),
+    "rebuild_spread": (
+        "auto|yes|no",
+        "have the other nodes decode a lost shard and forward it, so that this node receives what it lost once and not "
+        "once for every piece: auto does where some of them are on other hosts (default: auto)",
+    ),
     "authenticate": (
         "yes|no",
         "peers prove who they are, and what they say and send is encrypted; no is for loopback alone, where every user "

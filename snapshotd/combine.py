@@ -9,8 +9,9 @@ on a thread of its own; the GIL is free while bytes move.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 from snapshotd import _native
@@ -18,9 +19,9 @@ from snapshotd.accelerator import Accelerator, Bench
 from snapshotd.errors import SnapshotError
 from snapshotd.faults import crash_point
 from snapshotd.nice import be_nice
-from snapshotd.reader import Pace, Reader
-from snapshotd.streams import Pool, Share, gather
-from snapshotd.wire import Holding, SnapshotId
+from snapshotd.reader import OwnReader, Pace, Reader
+from snapshotd.streams import Extent, Pool, Share, gather
+from snapshotd.wire import Holding, Read, SnapshotId
 
 WINDOW_BYTES = 4 << 20  # fewer turns between streams; a row of them lies in an L3 cache
 STAGING_BYTES = 1 << 20  # what arrived of all symbols together: an L2 cache; smaller parts cost more calls
@@ -63,14 +64,33 @@ class Symbol:
     spans: Sequence[Span]
 
 
+@dataclass(frozen=True)
+class Own:
+    """This node's own memory: the address at which others read it, and what serves it here."""
+
+    streams: str
+    serve: Callable[[Read], AbstractContextManager[Extent]]
+
+
+def nobody(holdings: Iterable[Holding], pieces: int) -> list[str]:
+    """No peer makes sums for us."""
+    return []
+
+
 @dataclass
 class Tools:
-    """What the workers of a daemon share: connections to peers, the limit of bandwidth, where they find threads."""
+    """What the workers of a daemon share: connections to peers, the limit of bandwidth, where they find threads.
+
+    `helpers` says which peers are to decode what is to be decoded from so many pieces that lie there; `own` is what
+    need not travel.
+    """
 
     pool: Pool
     pace: Pace
     threads: Callable[[int], Executor] = decoders
     accelerator: Accelerator | None = None
+    helpers: Callable[[Iterable[Holding], int], list[str]] = nobody
+    own: Own | None = None
     _own: threading.local = field(default_factory=threading.local)
 
     def window(self, name: str, length: int) -> memoryview:
@@ -94,7 +114,7 @@ def window_for(unit_bytes: int) -> int:
 
 
 def combine(
-    destination: memoryview,
+    destination: memoryview | None,
     symbols: Sequence[Symbol],
     length: int,
     *,
@@ -107,15 +127,17 @@ def combine(
     advanced: Callable[[int, memoryview], object] = lambda at, made: None,
     point: str = "accumulate.window",
     bench: Bench | None = None,
+    window_bytes: int = 0,
 ) -> None:
     """destination = the sum of coefficient · symbol, over `length` bytes, whole units of which the last may reach
     beyond the destination. `advanced` is told of each window, from where it is in the destination, while the bytes that
-    were made are still in the cache. `layout` is that of the code. With a `bench` a device adds up.
+    were made are still in the cache; without a destination it alone gets them. `layout` is that of the code. With a
+    `bench` a device adds up. Windows have whole units, `window_bytes` of them or what is usual.
 
     BadBytes for a block that fails its checksum (its window may be half added up: begin again there), Cancelled, and
     DaemonUnavailable, ProtocolError or Refused where a source cannot be read.
     """
-    window = window_for(unit_bytes)
+    window = window_bytes or window_for(unit_bytes)
     staging = tools.window("staging", max(STAGING_BYTES, len(symbols) * PART_BYTES_MIN))
     # A device multiplies what it gets: it is given the bytes as they are.
     feeds = [
@@ -127,7 +149,7 @@ def combine(
             if cancelled():
                 raise Cancelled
             width = min(window, length - at)
-            target = destination[at : at + width]
+            target = memoryview(b"") if destination is None else destination[at : at + width]
             if len(target) < width:
                 target = tools.window("scratch", window)[:width]
             _native.prefault(target)
@@ -139,7 +161,7 @@ def combine(
                 bad = _add_up(target, feeds, staging, layout)
             if bad is not None:
                 raise BadBytes(bad, at, feeds[bad].span)
-            made = destination[at : at + width]
+            made = target if destination is None else destination[at : at + width]
             if len(made) < width:
                 made[:] = target[: len(made)]
             crash_point(point)
@@ -201,7 +223,7 @@ class _Feed:
         self._spans, self._coefficient = [span for span in symbol.spans if span.length], symbol.coefficient
         self._job, self._snapshot, self._window, self._unit, self._tools = job, snapshot, window, unit_bytes, tools
         self._current, self._used = 0, 0
-        self._reader: Reader | None = None
+        self._reader: Reader | OwnReader | None = None
 
     @property
     def span(self) -> Span:
@@ -212,19 +234,18 @@ class _Feed:
         """Have the next bytes sent."""
         span = self.span
         if self._reader is None and span.holding is not None:
-            self._reader = Reader(
-                self._tools.pool,
-                span.holding.streams,
-                self._job,
-                span.holding.arena,
-                span.holding.slot,
-                self._snapshot,
-                span.offset,
-                span.offset + span.length,
-                self._window,
-                self._tools.pace,
-            )
+            self._reader = self._opened(span.holding, span)
             self._reader.begin()
+
+    def _opened(self, holding: Holding, span: Span) -> Reader | OwnReader:
+        tools, begin, end = self._tools, span.offset, span.offset + span.length
+        if tools.own is not None and holding.streams == tools.own.streams:
+            read = Read(self._job, holding.arena, holding.slot, self._snapshot, begin, span.length)
+            return OwnReader(tools.own.serve, read)
+        return Reader(
+            tools.pool, holding.streams, self._job, holding.arena, holding.slot, self._snapshot, begin, end,
+            self._window, tools.pace,
+        )  # fmt: skip
 
     def reach(self, limit: int) -> int:
         """How many bytes, `limit` at most and else whole units, come from one place; what a file lacks of its last unit

@@ -107,6 +107,12 @@ class Conduit:
         poll.register(self._socket, select.POLLIN)
         return not poll.poll(0)
 
+    def has_ended(self) -> bool:
+        """True once either side has ended it; what the other one sent before may still lie here."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     def hang_up(self) -> None:
         """End it for both sides; whoever waits in it is woken. Idempotent."""
         with contextlib.suppress(OSError):

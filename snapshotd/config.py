@@ -30,6 +30,7 @@ UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "kib": 2**10, "m": 10**6, "mb":
 SYSTEM_SOCKET = Path("/run/snapshotd.sock")
 LISTEN_PORT = 7780
 CODECS = ("auto", "cpu", "cuda")
+SPREADS = ("auto", "yes", "no")
 Interfaces: TypeAlias = Mapping[str, Sequence[str]]
 """The IPv4 and IPv6 addresses of each network interface, in the kernel's order."""
 _T = TypeVar("_T", "DaemonConfig", "ClientConfig")
@@ -82,6 +83,7 @@ class DaemonConfig:
     scrub_bandwidth: int = 200 * 10**6
     scrub_every_s: float = 300.0
     codec: str = "auto"
+    rebuild_spread: str = "auto"
     authenticate: bool = True
     socket: Path = Path("/run/snapshotd.sock")
     shm_dir: Path = Path("/dev/shm/snapshotd")
@@ -102,6 +104,8 @@ class DaemonConfig:
         _within("scrub_every", self.scrub_every_s, 0.1, 30 * 24 * 3600.0, "seconds")
         if self.codec not in CODECS:
             raise ConfigError(f"codec is {self.codec!r}; it must be one of {', '.join(CODECS)}")
+        if self.rebuild_spread not in SPREADS:
+            raise ConfigError(f"rebuild_spread is {self.rebuild_spread!r}; it must be one of {', '.join(SPREADS)}")
         if not _is_label(self.node_id):
             raise ConfigError(f"node_id is {self.node_id!r}; it is a label for people, printable and at most 200 bytes")
         if not _is_label(self.domain):

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from snapshotd import wire
 from snapshotd.clock import SystemClock
-from snapshotd.errors import REFUSALS, DaemonUnavailable, NoRoom, ProtocolError, RankClaimed, Refused
+from snapshotd.errors import REFUSALS, DaemonUnavailable, NoRoom, ProtocolError, RankClaimed, Refused, SourceDamaged
 
 FDS_MAX = 8
 _CHUNK_BYTES = 64 << 10
@@ -144,6 +144,8 @@ def refused(reply: wire.Refusal) -> Refused:
         )
     if kind is RankClaimed:
         return RankClaimed(reply.sentence, rank=int(facts.get("rank", -1)), pid=int(facts.get("pid", 0)))
+    if kind is SourceDamaged:
+        return SourceDamaged(reply.sentence, term=int(facts.get("term", -1)))
     return kind(reply.sentence)
 
 

@@ -7,7 +7,8 @@
     ├── Refused                the daemon understood and said no; `kind` says which of these it is
     │   ├── NoRoom             memory would not suffice: `needed_bytes`, `available_bytes`, `setting`
     │   ├── RankClaimed        a living process holds this rank: `rank`, `pid`
-    │   └── SnapshotGone       the snapshot asked for is not there any more
+    │   ├── SnapshotGone       the snapshot asked for is not there any more
+    │   └── SourceDamaged      bytes that are to be added up fail their checksum: `term` says which
     ├── LayoutChanged          the snapshot is of another model, optimizer or world size; it was left untouched
     └── SnapshotLost           a snapshot existed and cannot be rebuilt: `why` says what is missing and where
 
@@ -72,6 +73,16 @@ class SnapshotGone(Refused):
     kind = "gone"
 
 
+class SourceDamaged(Refused):
+    """A block that a sum is made of fails its checksum; `term` is its place among the terms, -1 where nobody said."""
+
+    kind = "damaged"
+
+    def __init__(self, message: str, term: int = -1) -> None:
+        super().__init__(message)
+        self.term = term
+
+
 class LayoutChanged(SnapshotError):
     """The snapshot in memory is of another model, optimizer or world size."""
 
@@ -90,4 +101,6 @@ class SnapshotLost(SnapshotError):
         return type(self), (self.why,)
 
 
-REFUSALS: dict[str, type[Refused]] = {kind.kind: kind for kind in (Refused, NoRoom, RankClaimed, SnapshotGone)}
+REFUSALS: dict[str, type[Refused]] = {
+    kind.kind: kind for kind in (Refused, NoRoom, RankClaimed, SnapshotGone, SourceDamaged)
+}

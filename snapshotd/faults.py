@@ -62,9 +62,10 @@ DAEMON_POINTS = (
     "rebuild.window",
     "rebuild.decoded",
     "rebuild.published",
+    "assist.window",
 )
 
-ON_SEVERAL_NODES = ("state", "decree", "obey", "read", "accumulate", "parity", "rebuild")
+ON_SEVERAL_NODES = ("state", "decree", "obey", "read", "accumulate", "parity", "rebuild", "assist")
 """What stands before the dot of points that only a job on several nodes passes."""
 
 _armed: dict[str, int] = {}

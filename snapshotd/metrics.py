@@ -23,6 +23,7 @@ COUNTERS: Final = {
     "parity_made": "parity sets made whole",
     "parity_bytes": "bytes of the parity sets made",
     "served_bytes": "bytes sent to readers on other nodes",
+    "assisted_bytes": "bytes decoded here for nodes that lost them, and sent to them",
     "rebuilt": "lost shards decoded here",
     "rebuilt_bytes": "bytes of the shards decoded here",
     "scrub_checked": "blocks of committed shards and parity that were read again",

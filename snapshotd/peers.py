@@ -22,17 +22,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from snapshotd import wire
+from snapshotd import spread, wire
 from snapshotd.accelerator import Accelerator
 from snapshotd.arena import ArenaFile
+from snapshotd.assist import Assistant
 from snapshotd.clock import Clock
-from snapshotd.combine import Tools, decoders
+from snapshotd.combine import Own, Tools, decoders
 from snapshotd.config import DaemonConfig, parse_address
 from snapshotd.errors import ConfigError, DaemonUnavailable, Refused, SnapshotGone
 from snapshotd.faults import crash_point
-from snapshotd.generation import Generation
+from snapshotd.generation import Generation, views
 from snapshotd.identity import Identity
 from snapshotd.keeper import Keeper
+from snapshotd.ledger import Progress
 from snapshotd.mesh import Mesh, OneWay
 from snapshotd.metrics import Metrics
 from snapshotd.nice import be_nice
@@ -95,6 +97,9 @@ class Peers:
         self._closing: dict[int, tuple[Generation, float]] = {}
         self._known: dict[str, tuple[float, list[wire.Inventory]]] = {}
         self._ended = threading.Event()
+        self._assistant = Assistant(
+            self._tools_for, self.ended, lambda sent_bytes: self.metrics.add("assisted_bytes", sent_bytes)
+        )
         self.mesh, self.streams = self._bound(config, last)
         source = parse_address("listen", self.mesh.address)[0] if config.interface else ""
         connect = functools.partial(means.connect, interface_address=source)
@@ -102,9 +107,10 @@ class Peers:
             connect = functools.partial(connect, secure=self.identity.pin)
             keeper.badge = self.identity.keys.badge
         pace = Pace(float(config.peer_bandwidth), clock, self._ended.wait)
-        self.tools = Tools(Pool(connect), pace, means.threads, accelerator)
-        self.workers = means.workers()
         keeper.reached_at = self._reached_at(config)
+        helpers = functools.partial(spread.helpers, config.rebuild_spread, keeper.reached_at[1])
+        self.tools = Tools(Pool(connect), pace, means.threads, accelerator, helpers)
+        self.workers = means.workers()
         self._timer = self._loop.call_later(TICK_S, self._tick)
 
     def _bound(self, config: DaemonConfig, last: LastDaemon) -> tuple[Mesh, ReadServer]:
@@ -122,7 +128,9 @@ class Peers:
         try:
             streams = _first_that_binds(
                 [config.stream_port] if config.stream_port else [last.stream_port, 0],
-                lambda one: self._means.server(host, one, self._serve, self._dropped_elsewhere, secure=secure),
+                lambda one: self._means.server(
+                    host, one, self._serve, self._dropped_elsewhere, assist=self._assistant.answer, secure=secure
+                ),
             )
         except BaseException:
             self._closing_mesh = self._loop.create_task(mesh.close())
@@ -393,12 +401,23 @@ class Peers:
     @contextlib.contextmanager
     def _serve(self, read: wire.Read, who: bytes) -> Iterator[Extent]:
         """On a stream's thread: the bytes that a peer asks for, pinned until they have left."""
-        if self.identity is not None and not self.identity.trust.may_read(read.job, who):
-            self._dropped_elsewhere("peer-stranger", f"{read.snapshot} was asked for by a node that is not of its job")
+        self._check_reader(read.job, read.snapshot, who)
+        with self._extent(read) as found:
+            crash_point("read.pinned")
+            yield found
+            self.metrics.add("served_bytes", len(found.view))
+            crash_point("read.sent")
+
+    def _check_reader(self, job: str, snapshot: wire.SnapshotId, who: bytes) -> None:
+        if self.identity is not None and not self.identity.trust.may_read(job, who):
+            self._dropped_elsewhere("peer-stranger", f"{snapshot} was asked for by a node that is not of its job")
             raise Refused("this node was not told that you take part in that job; restart it, which introduces you")
+
+    @contextlib.contextmanager
+    def _extent(self, read: wire.Read) -> Iterator[Extent]:
+        """Bytes of our own, pinned for so long."""
         file = self.on_loop(lambda: self._pin(read))
         try:
-            crash_point("read.pinned")
             native = file.native
             info = native.slot(read.slot)
             if read.offset % file.block_bytes or read.offset > info.file_bytes:
@@ -409,11 +428,21 @@ class Peers:
             crcs = native.crc_words(read.slot, first, count)
             with native.slot_view(read.slot) as whole, whole[read.offset : read.offset + length] as view:
                 yield Extent(view, info.file_bytes, file.block_bytes, crcs)
-            self.metrics.add("served_bytes", length)
-            crash_point("read.sent")
         finally:
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self.keeper.unpin, file, read.slot)
+
+    def _tools_for(self, ask: wire.Combine, who: bytes) -> Tools:
+        """On a stream's thread: with what a peer's sum is made. Buffers are its own, and go with it."""
+        self._check_reader(ask.job, ask.snapshot, who)
+        if not self.on_loop(lambda: self._holds(ask.job, ask.snapshot)):
+            raise SnapshotGone(f"nothing of {ask.snapshot} is here any more, so this node adds up none of it")
+        own = Own(self.keeper.reached_at[1], self._extent)
+        return Tools(self.tools.pool, self.tools.pace, self.tools.threads, own=own)
+
+    def _holds(self, job: str, snapshot: wire.SnapshotId) -> bool:
+        files = [file for file in self.keeper.files.values() if file.job == job]
+        return any(one.snapshot == snapshot and one.progress >= Progress.FULL for file in files for one in views(file))
 
     def _pin(self, read: wire.Read) -> ArenaFile:
         file = self.keeper.files.get(read.arena)

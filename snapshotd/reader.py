@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 
 from snapshotd import wire
 from snapshotd.clock import Clock
 from snapshotd.errors import ProtocolError
-from snapshotd.streams import CRC_BYTES, Pool, Share, Stream
+from snapshotd.streams import CRC_BYTES, Extent, Pool, Resident, Share, Stream, check
 
 READ_BYTES = 64 << 20  # fewer turns than windows: between two answers the connection runs dry
 READS_AHEAD = 2
@@ -162,7 +163,64 @@ class Reader:
             )
 
     def _crcs(self, count: int) -> bytes:
-        block, begin, end = self._answer.block_bytes, self._used_bytes, self._used_bytes + count
-        if begin % block or (end % block and self._at + count != self._end):
-            raise ValueError(f"a view that ends at {self._at + count} cuts a block of {block} bytes")
-        return self._answer.crcs[begin // block * CRC_BYTES : -(-end // block) * CRC_BYTES]
+        begin, end = self._used_bytes, self._used_bytes + count
+        return _words(self._answer.crcs, self._answer.block_bytes, begin, end, self._at + count == self._end)
+
+
+def _words(crcs: bytes, block: int, begin: int, end: int, is_last: bool) -> bytes:
+    """The checksums of the blocks from `begin` to `end`. ValueError where these cut one."""
+    if begin % block or (end % block and not is_last):
+        raise ValueError(f"a view of bytes {begin} to {end} cuts a block of {block} bytes")
+    return crcs[begin // block * CRC_BYTES : -(-end // block) * CRC_BYTES]
+
+
+class SumReader(Reader):
+    """Pulls a sum that a peer makes, window by window; SourceDamaged where bytes that it needs are bad. For one
+    thread."""
+
+    def __init__(self, pool: Pool, address: str, ask: wire.Combine, pace: Pace) -> None:
+        super().__init__(pool, address, ask.job, b"", 0, ask.snapshot, 0, ask.length, ask.window_bytes, pace)
+        self._sum = ask
+
+    def _ask_ahead(self, stream: Stream) -> None:
+        if self._ask_at < self._end:
+            self._waiting.extend(stream.ask_sum(self._sum))
+            self._ask_at = self._end
+
+
+class OwnReader:
+    """What `Reader` is, for bytes of this node's own memory: nothing travels. They stay pinned until `close`."""
+
+    def __init__(self, serve: Callable[[wire.Read], AbstractContextManager[Extent]], read: wire.Read) -> None:
+        self._serve, self._read = serve, read
+        self._held = ExitStack()
+        self._extent: Extent | None = None
+        self._used_bytes = 0
+
+    def begin(self) -> None:
+        """Pin them. Refused or ProtocolError where they are not here as they should be."""
+        if self._extent is None:
+            found = self._held.enter_context(self._serve(self._read))
+            check(self._read, wire.Reading(len(found.view), found.file_bytes, found.block_bytes, found.crcs))
+            if len(found.view) != self._read.length:
+                raise ProtocolError("short", f"a slot here ends before the {self._read.length} bytes that are due")
+            self._extent, self._resident = found, Resident(found.view)
+
+    def reach(self) -> int:
+        """How many of the next bytes lie in one piece: all that are left."""
+        return self._read.length - self._used_bytes
+
+    def share(self, length: int, coefficient: int) -> Share:
+        """The next `length` bytes, whole blocks, for `gather`; `took` says that it has them."""
+        assert self._extent is not None, "begin comes first"
+        begin, end, block = self._used_bytes, self._used_bytes + length, self._extent.block_bytes
+        words = _words(self._extent.crcs, block, begin, end, end == self._read.length)
+        return Share(self._resident, coefficient, length, words, block)
+
+    def took(self, length: int) -> None:
+        """What was shared is used."""
+        self._used_bytes += length
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+        self._held.close()

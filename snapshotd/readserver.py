@@ -1,4 +1,4 @@
-"""The side of READ that has the bytes: a TCP port, one thread a connection.
+"""The side of READ that has the bytes, and of sums that are made for peers: a TCP port, one thread a connection.
 
 A server promises: a slot stays pinned until the last byte of an answer has left; nobody holds a pin by not reading; a
 stranger costs one thread of at most `CONNECTIONS_MAX` and nothing that grows. Where peers authenticate, who has not
@@ -14,7 +14,6 @@ import ssl
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from snapshotd import wire
@@ -22,6 +21,7 @@ from snapshotd.clock import SystemClock
 from snapshotd.conduit import Conduit, Stalled, joined, reason_of
 from snapshotd.errors import ConfigError, ProtocolError, Refused, SnapshotError
 from snapshotd.nice import NICE, be_nice
+from snapshotd.streams import Extent as Extent
 from snapshotd.tls import SecureConduit
 
 CONNECTIONS_MAX = 256
@@ -33,17 +33,16 @@ _REST_S = 0.5
 _CLOCK = SystemClock()
 
 
-@dataclass(frozen=True)
-class Extent:
-    """What answers a `wire.Read`: `view` is sent from where it lies, `crcs` are those of its blocks."""
+class Wire(Protocol):
+    """Where an answer goes: bytes that leave in the order in which they are sent."""
 
-    view: memoryview
-    file_bytes: int
-    block_bytes: int
-    crcs: bytes
+    def send(self, data: bytes | memoryview, more: bool = False) -> None: ...
+
+    def has_ended(self) -> bool: ...
 
 
 Serve: TypeAlias = Callable[[wire.Read, bytes], AbstractContextManager[Extent]]
+Assist: TypeAlias = Callable[[wire.Combine, bytes, Wire], None]
 
 
 class ReadServer:
@@ -52,7 +51,7 @@ class ReadServer:
     `secure` makes the TLS context for a connection that begins; without it peers read in the clear. `serve` says what
     answers a read, given the certificate of whoever asks (nothing in the clear). Its context is entered on a
     connection's thread and left once the last byte has been handed to the kernel; a SnapshotError raised in entering it
-    is told to the peer, and the connection goes on.
+    is told to the peer, and the connection goes on. `assist` answers a `wire.Combine`, all of it, refusals included.
     `dropped` is called with a reason and a sentence, on one of these threads, whenever a connection is ended from here.
     ConfigError if the address cannot be had.
     """
@@ -64,12 +63,14 @@ class ReadServer:
         serve: Serve,
         dropped: Callable[[str, str], None],
         *,
+        assist: Assist | None = None,
         secure: Callable[[], ssl.SSLContext] | None = None,
         nice: int = NICE,
         send_max_s: float = SEND_MAX_S,
         connections_max: int = CONNECTIONS_MAX,
     ) -> None:
         self._serve, self._dropped, self._nice, self._secure = serve, dropped, nice, secure
+        self._assist = assist
         self._send_max_s, self._connections_max = send_max_s, connections_max
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -145,8 +146,8 @@ class ReadServer:
         be_nice(self._nice)
         try:
             who = self._greeted(conduit)
-            while (read := _request(conduit)) is not None:
-                answer(conduit, read, who, self._serve)
+            while (request := _request(conduit)) is not None:
+                self._respond(conduit, request, who)
         except ProtocolError as error:
             self._dropped(f"stream-{error.reason}", f"the stream of {peer} was closed: {error}")
         except Stalled:
@@ -159,6 +160,14 @@ class ReadServer:
                 self._greeting.pop(threading.current_thread(), None)
             conduit.close()
 
+    def _respond(self, conduit: Conduit, request: wire.Request, who: bytes) -> None:
+        if isinstance(request, wire.Read):
+            answer(conduit, request, who, self._serve)
+        elif isinstance(request, wire.Combine) and self._assist is not None:
+            self._assist(request, who, conduit)
+        else:
+            raise ProtocolError("unserved", f"{type(request).__name__} is not answered on streams")
+
     def _greeted(self, conduit: Conduit) -> bytes:
         """Who is there."""
         try:
@@ -168,12 +177,6 @@ class ReadServer:
         with self._lock:
             self._greeting.pop(threading.current_thread(), None)
         return who
-
-
-class Wire(Protocol):
-    """Where an answer goes: bytes that leave in the order in which they are sent."""
-
-    def send(self, data: bytes | memoryview, more: bool = False) -> None: ...
 
 
 def answer(conduit: Wire, read: wire.Read, who: bytes, serve: Serve) -> None:
@@ -189,19 +192,14 @@ def answer(conduit: Wire, read: wire.Read, who: bytes, serve: Serve) -> None:
         conduit.send(wire.pack(wire.Refusal(kind, wire.clip(str(error)))))
 
 
-def _request(conduit: Conduit) -> wire.Read | None:
+def _request(conduit: Conduit) -> wire.Request | None:
     try:
         frame = conduit.frame(patient=True)
     except EOFError:
         raise ProtocolError("truncated", "it ended in the middle of a message") from None
     except Stalled:
         raise ProtocolError("stalled", "it stopped in the middle of a message") from None
-    if frame is None:
-        return None
-    request = wire.unpack_request(frame)
-    if not isinstance(request, wire.Read):
-        raise ProtocolError("unserved", f"{type(request).__name__} is not answered on streams")
-    return request
+    return None if frame is None else wire.unpack_request(frame)
 
 
 def _listen(host: str, port: int) -> socket.socket:

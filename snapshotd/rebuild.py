@@ -4,6 +4,9 @@
 block that fails its checksum counts as lost, and its column is decoded from others. The decoded bytes are believed only
 if each block has the CRC32C that the trainer's copy gave it, which every parity set carries. The shard is cut in
 segments that a few threads decode side by side: while one adds up, another receives.
+
+Where the network is the limit (`spread`) peers decode the segments and forward them, a helper's threads one after the
+other. Whatever a helper fails to bring, for whatever reason, is decoded here afterwards, as if there were no helpers.
 """
 
 from __future__ import annotations
@@ -11,16 +14,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
-from snapshotd import _native, combine, geometry, parityset
+from snapshotd import _native, assist, combine, geometry, parityset, spread
 from snapshotd.arena import bad_blocks
 from snapshotd.codec import Codec
 from snapshotd.combine import BadBytes, Cancelled, Span, Symbol, Tools
-from snapshotd.errors import DaemonUnavailable, ProtocolError, Refused, SnapshotError
+from snapshotd.errors import DaemonUnavailable, ProtocolError, Refused, SnapshotError, SourceDamaged
 from snapshotd.faults import crash_point
 from snapshotd.protect import data_spans, read_table
+from snapshotd.reader import SumReader
 from snapshotd.wire import GroupLayout, Holding, SnapshotId
 
 DECODERS = 6
@@ -142,15 +147,83 @@ def decode(job: Job, arena: _native.Arena, slot: int, tools: Tools, cancelled: C
 
 
 def _decode_all(work: _Work, stop: threading.Event) -> None:
-    """Every segment, on a few threads; the first failure stops them all and is raised."""
-    with work.tools.threads(DECODERS) as threads:
-        tasks = [threads.submit(_decode_segment, work, one) for one in _segments(work.job)]
-        failure = _failure_of(tasks, stop)
+    """Every segment: by helpers where there are some, and what they leave on a few threads here."""
+    job = work.job
+    holdings = [*job.shards.values(), *job.parities.values()]
+    helpers = work.tools.helpers(holdings, geometry.stripes(job.layout).k)
+    window = combine.window_for(job.layout.unit_bytes)
+    length = max(SEGMENT_BYTES // window, 1) * window
+    segments = _spread(work, stop, helpers) if helpers else list(_segments(job, length))
+    if segments:
+        _side_by_side(work, stop, DECODERS, [partial(_decode_segment, work, one) for one in segments])
+
+
+def _side_by_side(work: _Work, stop: threading.Event, count: int, tasks: Sequence[Callable[[], None]]) -> None:
+    """All of them, on so many threads; the first failure stops them all and is raised."""
+    with work.tools.threads(count) as threads:
+        futures = [threads.submit(task) for task in tasks]
+        failure = _failure_of(futures, stop)
     try:
         if failure is not None:
             raise failure
     finally:
-        del tasks, failure  # their tracebacks hold views of the slot, and would hold this frame
+        del futures, failure  # their tracebacks hold views of the slot, and would hold this frame
+
+
+def _spread(work: _Work, stop: threading.Event, helpers: Sequence[str]) -> list[_Segment]:
+    """Have peers decode; returns what they did not bring."""
+    count = spread.sums_each(len(helpers)) * len(helpers)
+    length = spread.part_for(work.job.total_bytes, count, work.job.layout.unit_bytes)
+    parts = spread.Parts(_segments(work.job, length))
+    each = [partial(_have_decoded, work, parts, helpers[number % len(helpers)]) for number in range(count)]
+    _side_by_side(work, stop, count, each)
+    return parts.left()
+
+
+def _have_decoded(work: _Work, parts: spread.Parts[_Segment], helper: str) -> None:
+    """Parts of the shard, one after the other, decoded by a peer. It is asked for nothing more once it fails, unless
+    the bytes that it was to add up are to blame."""
+    while (part := parts.take()) is not None:
+        brought, goes_on = _bring(work, part, helper)
+        if part.begin + brought < part.end:
+            parts.put_back(replace(part, begin=part.begin + brought))
+        if not goes_on:
+            return
+
+
+def _bring(work: _Work, part: _Segment, helper: str) -> tuple[int, bool]:
+    """How many bytes of a part came, and whether its helper is good for more."""
+    job, unit, length = work.job, work.job.layout.unit_bytes, part.end - part.begin
+    symbols, order = choose(job, part.stripe, part.begin, _whole(part.end, job.layout), set(), near=helper)
+    first = next((index for index, one in enumerate(symbols) if _is_at(helper, one.spans)), 0)
+    symbols, order = spread.turned(symbols, first), spread.turned(order, first)
+    ask = assist.ask_for(
+        symbols, length, job=job.job, snapshot=job.snapshot, code=code_of(job.layout).layout, unit_bytes=unit,
+        window_bytes=spread.window_for(unit),
+    )  # fmt: skip
+    reader = SumReader(work.tools.pool, helper, ask, work.tools.pace)
+    try:
+        while reader.left_bytes:
+            if work.cancelled():
+                raise Cancelled
+            at = length - reader.left_bytes
+            place = part.place + part.begin + at
+            with work.view[place : place + min(ask.window_bytes, reader.left_bytes)] as window:
+                reader.next_into(window)
+                if _wrong_blocks(work, place, window):
+                    return at, False
+                crash_point("rebuild.window")
+                job.advance(len(window), 0)
+    except SourceDamaged as error:
+        if 0 <= error.term < len(order):  # its word is enough to look elsewhere, and for its owner to look there
+            job.suspects.add((part.stripe, order[error.term]))
+            work.doubtful.extend(span.holding for span in symbols[error.term].spans if span.holding is not None)
+        return length - reader.left_bytes, True
+    except (DaemonUnavailable, ProtocolError, Refused):
+        return length - reader.left_bytes, False
+    finally:
+        reader.close()
+    return length, True
 
 
 def _failure_of(tasks: Sequence[Future[None]], stop: threading.Event) -> BaseException | None:
@@ -169,12 +242,11 @@ def _failure_of(tasks: Sequence[Future[None]], stop: threading.Event) -> BaseExc
         del failures  # their tracebacks hold views of the slot, and would hold this frame
 
 
-def _segments(job: Job) -> Iterator[_Segment]:
-    """The shard's bytes as parts of pieces; what lies behind the file's end is zero by definition."""
+def _segments(job: Job, length: int) -> Iterator[_Segment]:
+    """The shard's bytes as parts of pieces, at most `length` long, which is whole windows; what lies behind the file's
+    end is zero by definition."""
     layout = job.layout
     stripes = geometry.Stripes(len(layout.positions), layout.parity)
-    window = combine.window_for(layout.unit_bytes)
-    length = max(SEGMENT_BYTES // window, 1) * window
     for piece, begin, end in geometry.pieces_over(layout, job.position, job.index):
         place = piece * layout.piece_bytes - geometry.start_of(layout, job.position, job.index)
         last = min(end, job.shape.file_bytes - place)
@@ -219,15 +291,13 @@ def _decode_segment(work: _Work, segment: _Segment) -> None:
     where there are enough of them."""
     job, layout = work.job, work.job.layout
     code = code_of(job.layout)
-    begin, unit, block_bytes = segment.begin, layout.unit_bytes, job.shape.block_bytes
+    begin, unit = segment.begin, layout.unit_bytes
     window = combine.window_for(unit)
     bench = work.tools.bench(code.k, code.m, unit, code.layout)
     failed: dict[int, set[int]] = {}  # by the column where a window begins
 
     def made(at: int, bytes_: memoryview) -> None:
-        block = (segment.place + begin + at) // block_bytes
-        words = work.table[4 * block : 4 * (block + -(-len(bytes_) // block_bytes))]
-        job.advance(len(bytes_), len(bad_blocks(bytes_, words, block_bytes)))
+        job.advance(len(bytes_), _wrong_blocks(work, segment.place + begin + at, bytes_))
 
     while begin < segment.end:
         until = min(begin + window, segment.end) if begin in failed else segment.end
@@ -257,14 +327,24 @@ def _decode_segment(work: _Work, segment: _Segment) -> None:
             failed.setdefault(begin, set()).add(order[error.symbol])
 
 
+def _wrong_blocks(work: _Work, place: int, bytes_: memoryview) -> int:
+    """How many blocks that were decoded for this place of the slot are not what the trainer copied."""
+    block_bytes = work.job.shape.block_bytes
+    block = place // block_bytes
+    words = work.table[4 * block : 4 * (block + -(-len(bytes_) // block_bytes))]
+    return len(bad_blocks(bytes_, words, block_bytes))
+
+
 def code_of(layout: GroupLayout) -> Codec:
     """The code of a group."""
     return Codec(len(layout.positions) - layout.parity, layout.parity)
 
 
-def choose(job: Lost, stripe: int, begin: int, end: int, failed: Set[int]) -> tuple[list[Symbol], list[int]]:
+def choose(
+    job: Lost, stripe: int, begin: int, end: int, failed: Set[int], near: str = ""
+) -> tuple[list[Symbol], list[int]]:
     """Symbols that add up to the lost one over these columns, and which symbols of the stripe they are: any but those
-    in `failed`, preferably none that failed elsewhere. NotEnough."""
+    in `failed`, preferably none that failed elsewhere, and what is read at the address `near`. NotEnough."""
     stripes = geometry.stripes(job.layout)
     have: dict[int, list[Span]] = {}
     for position in range(len(job.layout.positions)):
@@ -278,12 +358,16 @@ def choose(job: Lost, stripe: int, begin: int, end: int, failed: Set[int]) -> tu
         raise NotEnough(
             f"of the {stripes.k} pieces that decode a part of {job.what} only {len(have)} are left with good bytes"
         )
-    preferred = sorted(have, key=lambda symbol: ((stripe, symbol) in job.suspects, symbol))
+    preferred = sorted(have, key=lambda one: ((stripe, one) in job.suspects, not _is_at(near, have[one]), one))
     chosen = sorted(preferred[: stripes.k])
     wanted = stripes.symbol_of(stripe, job.position)
     coefficients = code_of(job.layout).recover(chosen, wanted)
     kept = [(c, symbol) for c, symbol in zip(coefficients, chosen, strict=True) if c]
     return [Symbol(c, have[symbol]) for c, symbol in kept], [symbol for _, symbol in kept]
+
+
+def _is_at(address: str, spans: Sequence[Span]) -> bool:
+    return any(span.holding is not None and span.holding.streams == address for span in spans)
 
 
 def _spans(

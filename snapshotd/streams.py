@@ -34,15 +34,33 @@ CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
+class Extent:
+    """What answers a `wire.Read`: `view` is sent from where it lies, `crcs` are those of its blocks."""
+
+    view: memoryview
+    file_bytes: int
+    block_bytes: int
+    crcs: bytes
+
+
+@dataclass(frozen=True)
 class Share:
     """What one stream brings to a sum: its next `length` bytes, whole blocks with these checksums, times a coefficient
     over GF(2^8)."""
 
-    stream: Stream
+    stream: Stream | Resident
     coefficient: int
     length: int
     crcs: bytes
     block_bytes: int
+
+
+@dataclass(frozen=True)
+class SumWindow:
+    """A part of a sum that was asked for, and is answered as a READ of these bytes would be."""
+
+    offset: int
+    length: int
 
 
 class Stream:
@@ -54,7 +72,7 @@ class Stream:
 
     def __init__(self, conduit: Conduit, address: str) -> None:
         self.address, self._conduit = address, conduit
-        self._asked: deque[wire.Read] = deque()
+        self._asked: deque[wire.Read | SumWindow] = deque()
         self._left_bytes = 0
         self._broken = False
 
@@ -118,6 +136,17 @@ class Stream:
             self._conduit.send(frame)
         self._asked.append(read)
 
+    def ask_sum(self, ask: wire.Combine) -> list[int]:
+        """Ask a peer to add up; returns the lengths of the answers, which come as those of so many READs of the sum.
+        Nothing else is to be asked before the last of them. DaemonUnavailable."""
+        frame, windows = wire.pack(ask), _windows_of(ask)
+        if self._asked or len(windows) > ASKED_MAX:
+            raise ProtocolError("step", f"a sum of {len(windows)} windows is asked for behind {len(self._asked)} reads")
+        with self._guarded():
+            self._conduit.send(frame)
+        self._asked.extend(windows)
+        return [window.length for window in windows]
+
     def answer(self) -> wire.Reading:
         """The head of the next answer; its `length` bytes follow.
 
@@ -134,6 +163,8 @@ class Stream:
             reply = wire.unpack_reply(frame)
             if isinstance(reply, wire.Refusal):
                 no = refused_by_peer(reply)
+                if isinstance(read, SumWindow):
+                    self._asked.clear()  # nor does the rest of the sum come
             elif isinstance(reply, wire.Reading):
                 check(read, reply)
                 self._left_bytes = reply.length
@@ -202,6 +233,41 @@ class Stream:
             raise _gone(self.address, f"went away ({reason_of(error)})") from None
 
 
+class Resident:
+    """Bytes of this node's own memory, brought to a sum as a stream brings those of a peer."""
+
+    is_encrypted = False
+
+    def __init__(self, view: memoryview) -> None:
+        self._view, self._at = view, 0
+
+    def deadline_s(self, length: int) -> float:
+        """They are here."""
+        return 0.0
+
+    def receive_into(self, view: memoryview, deadline_s: float | None = None) -> None:
+        """Copy the next bytes."""
+        view[:] = self._view[self._at : self._at + len(view)]
+        self._at += len(view)
+
+    def lend(self, length: int) -> tuple[memoryview, float]:
+        """The next bytes where they lie."""
+        return self._view[self._at : self._at + length], 0.0
+
+    def took(self, length: int) -> None:
+        """So many of them were used."""
+        self._at += length
+
+    def gone(self, error: int) -> DaemonUnavailable:
+        """Memory does not go away."""
+        return DaemonUnavailable(f"bytes of this node's own memory could not be used ({os.strerror(error)})")
+
+
+def _windows_of(ask: wire.Combine) -> list[SumWindow]:
+    starts = range(0, ask.length, ask.window_bytes)
+    return [SumWindow(at, min(ask.window_bytes, ask.length - at)) for at in starts]
+
+
 def gather(view: memoryview, shares: Sequence[Share], staging: memoryview, layout: str) -> Share | None:
     """`view` = the sum of what the shares bring, received side by side in parts of `staging`; what one has less than
     `view` is zero. `layout` is that of the code.
@@ -211,10 +277,11 @@ def gather(view: memoryview, shares: Sequence[Share], staging: memoryview, layou
     """
     if any(share.stream.is_encrypted for share in shares):
         return _gather_in_turn(view, shares, staging, layout)
-    sources, patience_s = [], 0.0
+    sources: list[tuple[int | memoryview, int, int, bytes, int]] = []
+    patience_s = 0.0
     for share in shares:
-        socket_, seconds = share.stream.lend(share.length)
-        sources.append((socket_, share.coefficient, share.length, share.crcs, share.block_bytes))
+        lent, seconds = share.stream.lend(share.length)
+        sources.append((lent, share.coefficient, share.length, share.crcs, share.block_bytes))
         patience_s += seconds
     failure = _native.ec_gather(view, sources, staging, layout=layout, timeout_s=patience_s)
     if failure is None:
@@ -279,7 +346,7 @@ def refused_by_peer(reply: wire.Refusal) -> Refused:
         raise ProtocolError("content", f"a refusal states facts that are none: {reply.sentence}") from None
 
 
-def check(read: wire.Read, reading: wire.Reading) -> None:
+def check(read: wire.Read | SumWindow, reading: wire.Reading) -> None:
     """ProtocolError unless `reading` can be an answer to `read`."""
     block, end = reading.block_bytes, read.offset + reading.length
     if block & (block - 1) or read.offset % block:

@@ -23,10 +23,11 @@ from msgspec import Meta, Struct
 from snapshotd.errors import ProtocolError
 
 MAGIC = b"SNPD"
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 FRAME_BYTES_MAX = 4 << 20
 TEXT_LENGTH_MAX = 4000
 READ_BYTES_MAX = 1 << 30
+SPANS_MAX = 4096
 GROUP_NODES_MAX = 255
 PLACES_MAX = 8192
 _HEADER = struct.Struct("<4sHHII")
@@ -393,13 +394,46 @@ class Read(Struct, frozen=True, tag=True):
 
 
 class Reading(Struct, frozen=True, tag=True):
-    """Answer to `Read`; `length` raw bytes follow. `crcs` has the CRC32C of each block of them, as little-endian words
-    (for a `Read` of no bytes at offset 0: of every block of the file)."""
+    """Answer to `Read` and `Combine`; `length` raw bytes follow. `crcs` has the CRC32C of each block of them, as
+    little-endian words (for a `Read` of no bytes at offset 0: of every block of the file)."""
 
     length: Annotated[int, Meta(ge=0, le=READ_BYTES_MAX)]
     file_bytes: Count
     block_bytes: Blocks
     crcs: bytes
+
+
+class SumSpan(Struct, frozen=True, array_like=True):
+    """`length` bytes of a term, from `offset` of the slot at this index of `Combine.holdings`; zeros where that is
+    None."""
+
+    holding: Annotated[int, Meta(ge=0, lt=SPANS_MAX)] | None
+    offset: Count
+    length: Annotated[int, Meta(ge=1, le=READ_BYTES_MAX)]
+
+
+class SumTerm(Struct, frozen=True, array_like=True):
+    """One symbol of a stripe: its coefficient, and where its bytes are, in order."""
+
+    coefficient: Annotated[int, Meta(ge=1, le=255)]
+    spans: Annotated[list[SumSpan], Meta(min_length=1, max_length=SPANS_MAX)]
+
+
+class Combine(Struct, frozen=True, tag=True):
+    """Add up bytes of this snapshot over GF(2^8), yours and those of your peers, and send me the sum.
+
+    Answered with a `Reading` and its bytes for each window, as for READs of a file that holds the sum, whose blocks
+    have `unit_bytes`. Terms are whole units long, `length` need not be. `code` is the layout of the code.
+    """
+
+    job: Name
+    snapshot: SnapshotId
+    code: Annotated[str, Meta(max_length=16)]
+    unit_bytes: Blocks
+    window_bytes: Blocks
+    length: Annotated[int, Meta(ge=1, le=READ_BYTES_MAX)]
+    holdings: Annotated[list[Holding], Meta(max_length=SPANS_MAX)]
+    terms: Annotated[list[SumTerm], Meta(min_length=1, max_length=GROUP_NODES_MAX)]
 
 
 # --- daemon's answers -----------------------------------------------------------------------------
@@ -501,6 +535,7 @@ Request: TypeAlias = (
     | Doubt
     | AskInventory
     | Read
+    | Combine
 )
 Reply: TypeAlias = (
     Welcome

@@ -42,10 +42,12 @@ RESTORING = {
     "on the newcomer": on(NEWCOMER, *(point for point in faults.DAEMON_POINTS if point.startswith("rebuild")), *ROOM),
 }
 FREEING = ("free.before", "free.after")
+IN_TEST_NODES_SPREAD = ("assist.window",)
 
 
 def test_every_point_of_a_daemon_is_tried_in_here() -> None:
-    tried = {point for family in (*SAVING.values(), *RESTORING.values()) for point, _ in family} | {*ROOM, *FREEING}
+    tried = {point for family in (*SAVING.values(), *RESTORING.values()) for point, _ in family}
+    tried |= {*ROOM, *FREEING, *IN_TEST_NODES_SPREAD}
     assert tried == set(faults.DAEMON_POINTS)
 
 

@@ -22,7 +22,7 @@ import msgspec
 import safetensors
 from msgspec import inspect
 
-from snapshotd import _native, config, geometry, keys, manifest, parityset, wire
+from snapshotd import _native, assist, config, geometry, keys, manifest, parityset, wire
 from snapshotd.errors import ConfigError, ProtocolError
 from snapshotd.trust import Trust
 from snapshotd.wire import GenerationId, GroupLayout, ShardShape, SnapshotId
@@ -84,12 +84,38 @@ def read_messages(data: bytes) -> None:
                 assert wire.pack(unpack(said_again)) == said_again
                 if isinstance(message, wire.Rebuild):
                     geometry.check(message.layout)
+                if isinstance(message, wire.Combine):
+                    _add_up(message)
+
+
+def _add_up(ask: wire.Combine) -> None:
+    """What is believed is whole: each term has bytes for every unit of the sum, and can be asked for again."""
+    whole = manifest.round_up(ask.length, ask.unit_bytes)
+    symbols = assist.symbols_of(ask)
+    assert all(sum(span.length for span in symbol.spans) == whole for symbol in symbols)
+    again = assist.ask_for(
+        symbols, ask.length, job=ask.job, snapshot=ask.snapshot, code=ask.code, unit_bytes=ask.unit_bytes,
+        window_bytes=ask.window_bytes,
+    )  # fmt: skip
+    assert assist.symbols_of(again) == symbols
+
+
+def sums() -> list[bytes]:
+    """Sums that make sense: a file that ends within a unit and zeros behind it, a slot named twice, one window and a
+    part of another."""
+    holdings = [wire.Holding("127.0.0.1:1", "node", b"a" * 16, 0), wire.Holding("127.0.0.1:2", "other", b"b" * 16, 1)]
+    made = wire.SnapshotId(wire.GenerationId(1, b"n" * 16), 7)
+    spans = [wire.SumSpan(0, 0, 5000), wire.SumSpan(None, 0, 3192), wire.SumSpan(0, 8192, 4096)]
+    terms = [wire.SumTerm(1, spans), wire.SumTerm(255, [wire.SumSpan(1, 4096, 12288)])]
+    ask = wire.Combine("job", made, "planes", 4096, 8192, 9000, holdings, terms)
+    return [msgspec.msgpack.encode(ask)]
 
 
 def messages() -> list[bytes]:
     kinds = inspect.type_info(wire.Message)
     assert isinstance(kinds, inspect.UnionType)
     bodies = [msgspec.msgpack.encode(sample(kind)) for kind in kinds.types]
+    bodies += sums()
     return [*bodies, *map(sealed, bodies)]
 
 

@@ -322,6 +322,9 @@ class _Into:
     def send(self, data: bytes | memoryview, more: bool = False) -> None:
         self._coming += data
 
+    def has_ended(self) -> bool:
+        return False
+
 
 class SimStream(Stream):
     """The product's stream over a simulated connection."""
@@ -425,7 +428,7 @@ class SimDaemon(Daemon):
         label, domain = host.label, host.domain
         config = DaemonConfig(
             node_id=label, listen=f"tcp://{label}:1", domain=domain, claim_wait_s=2.0, lease_s=10_000.0,
-            shm_dir=Path("/simulated"), authenticate=False,
+            shm_dir=Path("/simulated"), authenticate=False, rebuild_spread="no",
         )  # fmt: skip
         super().__init__(config, host.world.clock)
         self.host, self.life, self.loop, self.open = host, life, loop, False
@@ -453,7 +456,7 @@ class SimDaemon(Daemon):
         self.mesh = SimMesh(self.host, self.life, answer, heard, dropped)
         return self.mesh
 
-    def _server(self, host: str, port: int, serve: Any, dropped: Any, secure: None) -> SimServer:
+    def _server(self, host: str, port: int, serve: Any, dropped: Any, assist: Any, secure: None) -> SimServer:
         self.server = SimServer(self.host, serve)
         return self.server
 

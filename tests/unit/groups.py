@@ -12,12 +12,14 @@ import itertools
 import os
 import random
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from snapshotd import _native, geometry, parityset, protect, rebuild, wire
+from snapshotd import _native, geometry, parityset, protect, rebuild, spread, wire
+from snapshotd.assist import Assistant
 from snapshotd.clock import SystemClock
-from snapshotd.combine import Tools
+from snapshotd.combine import Own, Tools
 from snapshotd.errors import SnapshotGone
 from snapshotd.manifest import round_up
 from snapshotd.reader import Pace
@@ -120,16 +122,24 @@ class _Short(bytes):
 
 
 class Host:
-    """A node's memory, and its server of READ. `before` is called with each read and may raise."""
+    """A node's memory, and its server of READ and of sums. `before` is called with each read, `before_sum` with each
+    sum and `sent` with the length of each window of one; all of them may raise. `own` is what a sum takes from here."""
 
     def __init__(self, label: str) -> None:
         self.label = label
         self.arenas: dict[bytes, Stored] = {}
         self.before: Callable[[wire.Read], object] = lambda _: None
-        self.served_bytes = 0
+        self.before_sum: Callable[[wire.Combine], object] = lambda _: None
+        self.sent: Callable[[int], object] = lambda _: None
+        self.own: Callable[[wire.Read], AbstractContextManager[Extent]] = self.extent
+        self.served_bytes = self.assisted_bytes = 0
         self.dropped: list[tuple[str, str]] = []
         self._lock, self._closing = threading.Lock(), threading.Event()
-        self.server = ReadServer("127.0.0.1", 0, self._serve, lambda *why: self.dropped.append(why))
+        self.pool = Pool()
+        assistant = Assistant(self._tools_for, self._closing.is_set, self._sent)
+        self.server = ReadServer(
+            "127.0.0.1", 0, self._serve, lambda *why: self.dropped.append(why), assist=assistant.answer
+        )
         self.address = self.server.address
 
     def room(self, slot_bytes: int, block_bytes: int) -> Stored:
@@ -145,18 +155,30 @@ class Host:
             self.before(read)
         except (BreaksOff, Stalls) as trouble:
             if read.length:
-                with self._extent(read) as found:
+                with self.extent(read) as found:
                     half = _Short(found.view[: len(found.view) // 2])
                     half.claimed = len(found.view)
                     yield Extent(half, found.file_bytes, found.block_bytes, found.crcs)  # type: ignore[arg-type]
             if isinstance(trouble, Stalls):
                 self._closing.wait(PATIENCE_S)
             raise ConnectionAbortedError from None
-        with self._extent(read) as found:
+        with self.extent(read) as found:
+            with self._lock:
+                self.served_bytes += len(found.view)
             yield found
 
+    def _tools_for(self, ask: wire.Combine, who: bytes) -> Tools:
+        self.before_sum(ask)
+        return Tools(self.pool, Pace(0, SystemClock(), lambda _: None), own=Own(self.address, self.own))
+
+    def _sent(self, count: int) -> None:
+        with self._lock:
+            self.assisted_bytes += count
+        self.sent(count)
+
     @contextlib.contextmanager
-    def _extent(self, read: wire.Read) -> Iterator[Extent]:
+    def extent(self, read: wire.Read) -> Iterator[Extent]:
+        """The bytes that are asked for, as they are."""
         native = self.arenas[read.arena].native
         info = native.slot(read.slot)
         made = SnapshotId(GenerationId(info.generation, info.nonce), info.step)
@@ -166,14 +188,13 @@ class Host:
         first = read.offset // native.block_bytes
         count = None if not read.length and not read.offset else -(-length // native.block_bytes)
         crcs = native.crc_words(read.slot, first, count)
-        with self._lock:
-            self.served_bytes += length
         with native.slot_view(read.slot) as whole, whole[read.offset : read.offset + length] as view:
             yield Extent(view, info.file_bytes, native.block_bytes, crcs)
 
     def close(self) -> None:
         self._closing.set()
         self.server.close()
+        self.pool.close()
         for stored in self.arenas.values():
             stored.close()
 
@@ -204,7 +225,8 @@ class Group:
         self.shards: dict[int, Stored] = {}
         self.parities: dict[int, Stored] = {}
         self.newcomer = Stored(BLOCK, BLOCK)
-        self.tools = Tools(Pool(), Pace(0, SystemClock(), lambda _: None))
+        self.spread = "no"  # whether a newcomer has others decode
+        self.tools = Tools(Pool(), Pace(0, SystemClock(), lambda _: None), helpers=self._helpers)
         shapes: list[list[ShardShape]] = []
         block = itertools.cycle(blocks)
         for host, own in zip(self.hosts, sizes, strict=True):
@@ -216,6 +238,9 @@ class Group:
                 self.shards[shape.rank] = room
         self.layout = geometry.lay_out(shapes, parity)
         self.stripes = geometry.stripes(self.layout)
+
+    def _helpers(self, holdings: Iterable[Holding], pieces: int) -> list[str]:
+        return spread.helpers(self.spread, "newcomer:1", holdings, pieces)
 
     # --- protecting -------------------------------------------------------------------------------
 
@@ -282,6 +307,10 @@ class Group:
         """What all nodes sent so far."""
         return sum(host.served_bytes for host in self.hosts)
 
+    def assisted_bytes(self) -> int:
+        """What all nodes sent of sums so far."""
+        return sum(host.assisted_bytes for host in self.hosts)
+
     def before_each_read(self, do: Callable[[wire.Read], object]) -> None:
         """Have something called for every read at every node; what it raises ends that read."""
         for host in self.hosts:
@@ -315,6 +344,30 @@ def protected(
     with group(sizes, parity, blocks=blocks, seed=seed) as one:
         one.protect()
         yield one
+
+
+# --- what is lost and damaged -----------------------------------------------------------------------------------------
+
+
+def losses(count: int, parity: int) -> Iterator[tuple[int, ...]]:
+    """Every choice of at most `parity` of so many nodes."""
+    for number in range(1, parity + 1):
+        yield from itertools.combinations(range(count), number)
+
+
+def piece_of(one: Group, position: int, stripe: int) -> tuple[Stored, int]:
+    """What a position gives to a stripe: the arena, and where it begins there."""
+    piece = one.stripes.piece_of(stripe, position)
+    if piece is not None:
+        return one.shards[one.ranks_at(position)[0]], piece * one.layout.piece_bytes
+    row = next(row for owned, row in one.stripes.owned(position) if owned == stripe)
+    return one.parities[position], parityset.piece_offset(one.layout, row)
+
+
+def others(one: Group, stripe: int, lost: int) -> list[int]:
+    """The positions that are left, in the order of their symbols of a stripe: data before parity."""
+    left = [position for position in range(len(one.hosts)) if position != lost]
+    return sorted(left, key=lambda position: one.stripes.symbol_of(stripe, position))
 
 
 # --- twins ------------------------------------------------------------------------------------------------------------

@@ -131,6 +131,7 @@ def test_every_setting_can_come_from_a_variable() -> None:
         "stream_port": "7781", "domain": "rack=7,switch=2", "peer_bandwidth": "2GB/s", "shm_dir": "/d",
         "memory_limit": "1GiB", "claim_wait_s": "1", "lease_s": "2", "exit_idle": "yes", "authenticate": "no",
         "codec": "cpu", "scrub_bandwidth": "1GB/s", "scrub_every_s": "60", "crash": "grant.sent",
+        "rebuild_spread": "yes",
     }  # fmt: skip
     environment = {f"SNAPSHOTD_{name.removesuffix('_s').upper()}": value for name, value in values.items()}
     config = load_daemon_config({}, environment)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +16,7 @@ from snapshotd.errors import DaemonUnavailable, Refused, SnapshotError, Snapshot
 from snapshotd.rebuild import NotEnough
 from snapshotd.streams import Pool
 from tests.unit.group_faults import FakeClock, Meter, Nth, breaks_off, cut, cuts, hangs_up, no_collection, refuses
-from tests.unit.groups import Group, protected
+from tests.unit.groups import Group, losses, protected
 from tests.unit.native_support import BLOCK
 
 MIB = 1 << 20
@@ -25,12 +24,6 @@ UNEVEN = [[5 * BLOCK + 3, 77], [9 * BLOCK], [1, 2 * BLOCK - 1, BLOCK], [7 * BLOC
 
 
 # --- every loss that parity is for ------------------------------------------------------------------------------------
-
-
-def losses(count: int, parity: int) -> Iterator[tuple[int, ...]]:
-    """Every choice of at most `parity` of so many nodes."""
-    for number in range(1, parity + 1):
-        yield from itertools.combinations(range(count), number)
 
 
 @pytest.mark.parametrize(("count", "parity"), [(2, 1), (3, 1), (3, 2), (4, 1), (4, 2), (4, 3), (5, 2), (6, 3)])

@@ -13,26 +13,11 @@ from snapshotd import geometry, parityset
 from snapshotd.rebuild import NotEnough
 from snapshotd.wire import SnapshotId
 from tests.unit.group_faults import cut, cuts
-from tests.unit.groups import SNAPSHOT, Group, Stored, protected
+from tests.unit.groups import SNAPSHOT, Group, others, piece_of, protected
 from tests.unit.native_support import BLOCK
 
 MIB = 1 << 20
 EVEN = [[6 * BLOCK]] * 5  # with m = 2 pieces of two blocks, so a shard has three
-
-
-def piece_of(one: Group, position: int, stripe: int) -> tuple[Stored, int]:
-    """What a position gives to a stripe: the arena, and where it begins there."""
-    piece = one.stripes.piece_of(stripe, position)
-    if piece is not None:
-        return one.shards[one.ranks_at(position)[0]], piece * one.layout.piece_bytes
-    row = next(row for owned, row in one.stripes.owned(position) if owned == stripe)
-    return one.parities[position], parityset.piece_offset(one.layout, row)
-
-
-def others(one: Group, stripe: int, lost: int) -> list[int]:
-    """The positions that are left, in the order of their symbols of a stripe: data before parity."""
-    left = [position for position in range(len(one.hosts)) if position != lost]
-    return sorted(left, key=lambda position: one.stripes.symbol_of(stripe, position))
 
 
 # --- in data and parity -----------------------------------------------------------------------------------------------

@@ -54,6 +54,13 @@ layouts = st.builds(
 )
 holdings = st.builds(wire.Holding, texts, texts, id16, slots)
 held = st.builds(wire.HeldShard, ranks, snapshots, states, id16, slots, shapes)
+sum_lengths = st.integers(1, wire.READ_BYTES_MAX)
+sum_spans = st.builds(wire.SumSpan, st.none() | st.integers(0, wire.SPANS_MAX - 1), counts, sum_lengths)
+sum_terms = st.builds(wire.SumTerm, st.integers(1, 255), st.lists(sum_spans, min_size=1, max_size=2))
+combines = st.builds(
+    wire.Combine, names, snapshots, st.sampled_from(["planes", "bytes"]), blocks, blocks, sum_lengths,
+    st.lists(holdings, max_size=2), st.lists(sum_terms, min_size=1, max_size=3),
+)  # fmt: skip
 peer_messages: st.SearchStrategy[Any] = st.one_of(
     st.builds(
         wire.Publish, names, generations, id16, counts, st.booleans(), st.booleans(),
@@ -66,6 +73,7 @@ peer_messages: st.SearchStrategy[Any] = st.one_of(
     st.builds(wire.Doubt, names, generations, id16, slots, snapshots, texts),
     st.builds(wire.AskInventory, names),
     st.builds(wire.Read, names, id16, slots, snapshots, counts, st.integers(0, wire.READ_BYTES_MAX)),
+    combines,
     st.builds(
         wire.Rebuild, id16, snapshots, ranks, layouts, st.dictionaries(ranks, holdings, max_size=2),
         st.dictionaries(st.integers(0, 254), holdings, max_size=2),
