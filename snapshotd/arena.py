@@ -3,8 +3,9 @@
 `ArenaFile` is one of them, mapped, with what the daemon knows about it. It owns its descriptors and closes them.
 
 An arena is two files, `<job>.<local index>.<arena id>.arena` (`parity` in place of the index where it holds a node's
-parity sets) and, beside it, `.lock`. The lock file is made first and
-removed last, so one without an arena is a leftover and an arena without its lock is not to be trusted.
+parity sets, `foster` and `foster-parity` where it holds what survivors made while the job waits) and, beside it,
+`.lock`. The lock file is made first and removed last, so one without an arena is a leftover and an arena without its
+lock is not to be trusted.
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ from snapshotd.wire import GenerationId, SnapshotId
 SLOTS = 2
 PARITY_INDEX = 0xFFFFFFFF
 """Local index of the arena that holds a node's parity sets."""
+FOSTER_INDEX, FOSTER_PARITY_INDEX = 0xFFFFFFFE, 0xFFFFFFFD
+"""Local indices of arenas with one slot each: a lost node's shard that a survivor decoded, and the parity set that it
+owns among the survivors."""
+PLACES = {PARITY_INDEX: "parity", FOSTER_INDEX: "foster", FOSTER_PARITY_INDEX: "foster-parity"}
+"""What stands for these in an arena's name."""
 OPEN_FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
 OWNER_FIELDS = (
     "generation", "nonce", "rank", "world_size", "local_world", "every", "pid", "fenced", "closed", "released_at_s",
@@ -108,7 +114,13 @@ class ArenaFile:
     @property
     def is_parity(self) -> bool:
         """It holds parity sets of this node and no rank's shards; no trainer ever has it."""
-        return self.local_index == PARITY_INDEX
+        return self.local_index in (PARITY_INDEX, FOSTER_PARITY_INDEX)
+
+    @property
+    def is_foster(self) -> bool:
+        """This daemon made it while the job waits, beside all that stood before: no trainer ever has it, and it has no
+        part in any vote."""
+        return self.local_index in (FOSTER_INDEX, FOSTER_PARITY_INDEX)
 
     @property
     def pinned(self) -> bool:

@@ -102,7 +102,7 @@ class Claims:
 
     def _is_here(self, ask: wire.Attach) -> bool:
         """The shard that this rank restored lies on this node; a job that moved to one node read it from another."""
-        files = (file for file in self._files.values() if file.job == ask.job and not file.is_parity)
+        files = (one for one in self._files.values() if one.job == ask.job and not (one.is_parity or one.is_foster))
         found = (one for file in files for one in shards(file))
         return any(one.snapshot == ask.restored and one.rank == ask.rank for one in found)
 

@@ -55,6 +55,11 @@ SETTINGS: Mapping[str, tuple[str, str]] = {
         "how long after its commit, and after each reading, a snapshot that is still the newest is read again "
         "(default: 300)",
     ),
+    "reprotect_after_s": (
+        "SECONDS",
+        "how long a node of a job that waits is missed until the others rebuild what it held and protect it anew among "
+        "themselves, in memory of their own; longer than a restart usually takes; 0: never (default: 120)",
+    ),
     "codec": (
         "auto|cpu|cuda",
         "what makes parity and rebuilds: auto measures both where there is a CUDA device and takes the faster "

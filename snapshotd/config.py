@@ -82,6 +82,7 @@ class DaemonConfig:
     peer_bandwidth: int = 0
     scrub_bandwidth: int = 200 * 10**6
     scrub_every_s: float = 300.0
+    reprotect_after_s: float = 120.0
     codec: str = "auto"
     rebuild_spread: str = "auto"
     authenticate: bool = True
@@ -102,6 +103,7 @@ class DaemonConfig:
         _within("peer_bandwidth", self.peer_bandwidth, 0, 2**62, "bytes per second (0: no limit)")
         _within("scrub_bandwidth", self.scrub_bandwidth, 0, 2**62, "bytes per second (0: off)")
         _within("scrub_every", self.scrub_every_s, 0.1, 30 * 24 * 3600.0, "seconds")
+        _within("reprotect_after", self.reprotect_after_s, 0.0, 30 * 24 * 3600.0, "seconds (0: off)")
         if self.codec not in CODECS:
             raise ConfigError(f"codec is {self.codec!r}; it must be one of {', '.join(CODECS)}")
         if self.rebuild_spread not in SPREADS:

@@ -28,6 +28,7 @@ from snapshotd.scrub import Scrubber
 from snapshotd.session import ClientSession, Rebuilder
 
 if TYPE_CHECKING:
+    from snapshotd.caretaker import Caretaker
     from snapshotd.peers import Peers
     from snapshotd.workshop import Workshop
 
@@ -52,6 +53,7 @@ class Daemon:
         self.workshop: Rebuilder | None = None
         self._workshop: Workshop | None = None
         self._scrubber: Scrubber | None = None
+        self._caretaker: Caretaker | None = None
         self.parity_drafts: list[Draft] = []
         self._version = _installed_version()
         self._repeats = Repeats(log, clock)
@@ -93,12 +95,15 @@ class Daemon:
             timer.cancel()
             if self._scrubber is not None:
                 await self._scrubber.close()
+            if self._caretaker is not None:
+                await self._caretaker.close()
             if self._workshop is not None:
                 await self._workshop.close()
             if self.peers is not None:
                 await self.peers.close()
 
     def _meet_peers(self) -> None:
+        from snapshotd.caretaker import Caretaker
         from snapshotd.mend import Mender
         from snapshotd.peers import Peers  # zmq takes memory that a daemon of one node does without
         from snapshotd.workshop import Workshop
@@ -110,6 +115,9 @@ class Daemon:
         if self._scrubber is not None:
             self._scrubber.idle, self._scrubber.repair = workshop.idle, Mender(peers).repair
         self.keeper.on_orphan = lambda file: workshop.give_up_rebuild(file.arena_id)
+        self._caretaker = Caretaker(peers, self.config, self.clock, self.rooms, self.parity_drafts, self.failed)
+        self._caretaker.idle, self.keeper.on_recovery = workshop.idle, self._caretaker.give_up
+        self._caretaker.claimed = lambda job: any(name == job for name, _ in self.drafts)
         log.info("peers reach this node at %s, its streams at %s", *self.keeper.reached_at)
 
     def _new_peers(self, kind: type[Peers]) -> Peers:
@@ -192,6 +200,8 @@ class Daemon:
         self.keeper.expire()
         if self._scrubber is not None:
             self._scrubber.consider()
+        if self._caretaker is not None:
+            self._caretaker.consider()
         if self._door.connections or self.keeper.files or self.drafts:
             self._busy_s = self.clock.monotonic_s()
             self._had_visitors = True
@@ -252,6 +262,7 @@ class Daemon:
             {job: [self.keeper.inventory(job), *held.get(job, [])] for job in jobs},
             [one.sentence for one in self.keeper.damaged],
             self.metrics.document(),
+            {job: self._caretaker.facts(job) if self._caretaker is not None else None for job in jobs},
         )
         return json.dumps(found).encode()
 

@@ -63,9 +63,11 @@ DAEMON_POINTS = (
     "rebuild.decoded",
     "rebuild.published",
     "assist.window",
+    "reprotect.made",
+    "reprotect.published",
 )
 
-ON_SEVERAL_NODES = ("state", "decree", "obey", "read", "accumulate", "parity", "rebuild", "assist")
+ON_SEVERAL_NODES = ("state", "decree", "obey", "read", "accumulate", "parity", "rebuild", "assist", "reprotect")
 """What stands before the dot of points that only a job on several nodes passes."""
 
 _armed: dict[str, int] = {}

@@ -32,6 +32,8 @@ from snapshotd.ledger import (
 from snapshotd.metrics import Metrics, Repeats
 from snapshotd.wire import GenerationId, SnapshotId
 
+FOSTER = -2
+"""Stands for the rank of arenas that were made while the job waits; no book ever looks at them."""
 SLOTS_MAX = 64
 ROUNDS_MAX = 8
 ABORTS_TOLD_MAX = 64
@@ -48,8 +50,9 @@ log = logging.getLogger("snapshotd")
 class Generation:
     """Its arenas by rank: one each, two while a rank moves to a larger one (the larger one last).
 
-    Parity sets stand under the pseudo-rank `PARITY`. On several nodes `cohort` knows the others; it is None for a job
-    of one node, and after an adoption until a trainer has named them again. Then nothing is decided here.
+    Parity sets stand under the pseudo-rank `PARITY`, what was made while the job waits under `FOSTER`. On several nodes
+    `cohort` knows the others; it is None for a job of one node, and after an adoption until a trainer has named them
+    again. Then nothing is decided here.
     """
 
     def __init__(
@@ -97,7 +100,7 @@ class Generation:
         return self.ledger.committed is not None or any(file.native.committed_step for file in self.all_files())
 
     def all_files(self) -> list[ArenaFile]:
-        """Every arena of the generation, by rank; parity first."""
+        """Every arena of the generation, by rank; fosters and parity first."""
         return [file for _, files in sorted(self.files.items()) for file in files]
 
     @property
@@ -112,11 +115,24 @@ class Generation:
 
     def rank_files(self) -> list[ArenaFile]:
         """The arenas of ranks."""
-        return [file for file in self.all_files() if not file.is_parity]
+        return [file for rank in sorted(self.files) if rank >= 0 for file in self.files[rank]]
 
     def parity_files(self) -> list[ArenaFile]:
         """The arenas that hold this node's parity sets, the largest last."""
         return self.files.get(PARITY, [])
+
+    def foster_files(self) -> list[ArenaFile]:
+        """The arenas that this daemon made while the job waits."""
+        return self.files.get(FOSTER, [])
+
+    @property
+    def committed(self) -> SnapshotId | None:
+        """What is committed here; a restored snapshot that was voted anew keeps its name."""
+        step = self.ledger.committed
+        if step is None:
+            return None
+        restored = self.restored
+        return restored if restored is not None and restored.step == step else SnapshotId(self.identity, step)
 
     def join(self, cohort: Cohort, ranks: Iterable[int]) -> None:
         """The nodes of this generation, as a trainer named them. A daemon that adopted it learns of them again."""
@@ -193,7 +209,7 @@ class Generation:
         assert self.cohort is not None
         state = self.ledger.state()
         held: list[wire.HeldShard] = []
-        for rank in sorted(self.attached & self.files.keys() - {PARITY}):
+        for rank in sorted(self.attached & self.files.keys() - {PARITY, FOSTER}):
             for file in self.files[rank]:
                 held += self._held(rank, file)
         return wire.Publish(
@@ -224,7 +240,7 @@ class Generation:
 
     def closed(self) -> bool:
         """Every rank of this node has closed its run."""
-        own = {rank: files for rank, files in self.files.items() if rank != PARITY}
+        own = {rank: files for rank, files in self.files.items() if rank >= 0}
         return set(own) == set(self.ledger.ranks) and all(one.owner.closed for files in own.values() for one in files)
 
     def hear(self, said: wire.Publish, now_s: float) -> list[Decision]:
@@ -410,6 +426,8 @@ class Generation:
 
 
 def _place_of(file: ArenaFile) -> int:
+    if file.is_foster:
+        return FOSTER
     return PARITY if file.is_parity else file.owner.rank
 
 

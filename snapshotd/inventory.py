@@ -41,6 +41,7 @@ def shards(file: ArenaFile) -> list[Shard]:
                     fingerprint=info.fingerprint,
                     file_bytes=info.file_bytes,
                     block_bytes=file.block_bytes,
+                    foster=file.is_foster,
                 )
             )
     return found
@@ -61,6 +62,7 @@ def parities(file: ArenaFile) -> list[ParityReport]:
                 progress=view.progress.name,
                 position=described.position,
                 layout=described.layout,
+                foster=file.is_foster,
             )
         )
     return found

@@ -13,17 +13,19 @@ import os
 from collections.abc import Callable, Iterable
 
 from snapshotd import _native, wire
-from snapshotd.arena import OWNER_FIELDS, PARITY_INDEX, ArenaFile, Free, Granted, HeldBy, slug
+from snapshotd.arena import OWNER_FIELDS, PARITY_INDEX, SLOTS, ArenaFile, Free, Granted, HeldBy, slug
 from snapshotd.claims import Claims, ownership
 from snapshotd.clock import Clock
 from snapshotd.cohort import Cohort
 from snapshotd.config import DaemonConfig
 from snapshotd.errors import Refused, SnapshotGone
 from snapshotd.faults import crash_point
-from snapshotd.generation import Generation, name, snapshot_in, views
+from snapshotd.generation import FOSTER, Generation, name, snapshot_in, views
 from snapshotd.inventory import complaints, parities, report, shards
-from snapshotd.ledger import PARITY, Commit, Decision, Progress, superseded
+from snapshotd.ledger import Commit, Decision, Progress, superseded
+from snapshotd.met import Met
 from snapshotd.metrics import Metrics, Repeats
+from snapshotd.reprotect import outlived
 from snapshotd.root import Damaged, Draft, Root
 from snapshotd.wire import ArenaReport, GenerationId, Inventory, ParityReport, Shard, SnapshotId
 
@@ -57,7 +59,8 @@ class Keeper:
         self.hopeless: dict[str, list[SnapshotId]] = {}
         self.on_orphan: Callable[[ArenaFile], None] = lambda _: None
         self._loop, self._on_change = loop, on_change
-        self.met: dict[str, dict[bytes, str]] = {}  # by job: nodes that may hold some of it, and their addresses
+        self.met = Met(root)  # nodes that may hold some of a job
+        self.on_recovery: Callable[[str], None] = lambda _: None
         self.reached_at = ("", "")  # where peers reach this daemon: its messages, its byte streams
         self.badge: wire.Badge | None = None  # by which they know that it is this one
         self._repeats = Repeats(log, clock)
@@ -69,13 +72,16 @@ class Keeper:
         files, self.damaged = self.root.scan()
         for one in self.damaged:
             log.warning("%s", one.sentence)
-        for file in sorted(files, key=lambda one: one.is_parity):
+        for file in sorted(files, key=lambda one: (one.is_foster, one.is_parity)):
             self._adopt(file, [one.owner.rank for one in files if _same_generation(one, file)])
         for generation in list(self.generations.values()):
             if any(file.owner.fenced for file in generation.all_files()):
                 generation.fence()
             self.look(generation)
             self._free_if_closed(generation, begun=not any(one.job == slug(generation.job) for one in self.damaged))
+        for file in [one for one in files if one.is_foster and not one.gone and not views(one)]:
+            self.free(file, "it was not whole when the daemon before this one ended")
+        self.met.keep(generation.job for generation in self.generations.values())
         if files:
             log.info("adopted %d arenas of %d generations", len(files), len(self.generations))
 
@@ -92,10 +98,13 @@ class Keeper:
         ranks = range(owner.world_size) if owner.local_world == owner.world_size else found
         generation = self._generation(file.job, file.generation, ranks, owner.world_size, owner.every, file.restored)
         self._add(file, generation)
-        if file.is_parity:
+        if file.is_parity or file.is_foster:
             for view in views(file):
-                if view.progress is Progress.FILLING:  # nobody goes on with a set that is half added up
+                if view.progress is Progress.FILLING:  # nobody goes on with what is half added up
                     file.native.empty(view.index)
+        if file.is_foster:
+            self._verify_undecided(file)
+        if file.is_parity or file.is_foster:
             return
         self._verify_undecided(file)
         generation.attached.add(owner.rank)
@@ -137,8 +146,9 @@ class Keeper:
         """Decisions were carried out in a generation: free what they made useless, and tell whoever wants to know."""
         if any(isinstance(decision, Commit) for decision in decisions):
             self._free_superseded(generation)
+            self._free_fosters(generation)
             if generation.cohort is not None:  # what its nodes hold is all that is wanted from now on
-                self.met[generation.job] = {place.node: place.address for place in generation.cohort.others()}
+                self.met.only(generation.job, generation.cohort.others())
         self._free_outgrown(generation)
         self.on_look(generation)
 
@@ -163,6 +173,7 @@ class Keeper:
 
     def fence(self, job: str) -> None:
         """Somebody looks at what is left of this job: nothing of it may change any more."""
+        self.on_recovery(job)
         for generation in self.of_job(job):
             if not generation.ledger.fenced:
                 generation.fence()
@@ -202,7 +213,7 @@ class Keeper:
     def inherit(self, ask: wire.Attach, pid: int) -> ArenaFile:
         """Hand an older generation's arena on. Its snapshots stay what they are; everything else begins anew."""
         file = self.files.get(ask.arena or b"")
-        if file is None or file.job != ask.job:
+        if file is None or file.job != ask.job or file.is_foster:
             raise SnapshotGone(f"the arena that rank {ask.rank} asks for is not here any more; restart the job")
         if not file.owner.fenced or isinstance(file.holder, Granted):
             raise Refused(f"the arena that rank {ask.rank} asks for is in use by generation {file.generation}")
@@ -290,14 +301,35 @@ class Keeper:
 
     def install_parity(self, draft: Draft, generation: Generation, slot_bytes: int, block_bytes: int) -> ArenaFile:
         """Make a reserved draft the parity arena of a generation."""
-        like = generation.rank_files()[0].owner
+        owner = {"rank": PARITY_INDEX}
+        return self._install(draft, generation, PARITY_INDEX, slot_bytes, block_bytes, SLOTS, owner)
+
+    def install_foster(
+        self, draft: Draft, generation: Generation, local_index: int, slot_bytes: int, block_bytes: int, rank: int
+    ) -> ArenaFile:
+        """Make a reserved draft an arena for one shard or parity set that survivors make while the job waits."""
+        owner = {"rank": rank, "closed": False, "released_at_s": int(self.clock.wall_s())}
+        return self._install(draft, generation, local_index, slot_bytes, block_bytes, 1, owner)
+
+    def _install(
+        self,
+        draft: Draft,
+        generation: Generation,
+        local_index: int,
+        slot_bytes: int,
+        block_bytes: int,
+        slots: int,
+        owner: dict[str, int],
+    ) -> ArenaFile:
+        like = (generation.rank_files() or generation.all_files())[0].owner
         file = self.root.finish(
             draft,
             job=generation.job,
-            local_index=PARITY_INDEX,
+            local_index=local_index,
             slot_bytes=slot_bytes,
             block_bytes=block_bytes,
-            owner={name: getattr(like, name) for name in OWNER_FIELDS} | {"rank": PARITY_INDEX, "pid": 0},
+            owner={name: getattr(like, name) for name in OWNER_FIELDS} | {"pid": 0} | owner,
+            slots=slots,
         )
         self._add(file, generation)
         self.metrics.add("arenas_created")
@@ -344,9 +376,10 @@ class Keeper:
     def _join(self, ask: wire.Attach) -> Generation:
         generation = self._generation(ask.job, ask.generation, ask.local_ranks, ask.world_size, ask.every, ask.restored)
         cohort = Cohort.of(ask, self.root.node)
+        self.on_recovery(ask.job)
         if cohort is not None:
             generation.join(cohort, ask.local_ranks)
-            self.met.setdefault(ask.job, {}).update({place.node: place.address for place in cohort.others()})
+            self.met.add(ask.job, cohort.others())
         return generation
 
     def rejoin(self, ask: wire.Attach) -> None:
@@ -403,17 +436,16 @@ class Keeper:
         self._loop.remove_reader(file.bell_fd)
         file.free()
         self.metrics.add("arenas_freed")
-        if not file.is_parity and not generation.rank_files():
-            for parity in [one for one in generation.parity_files() if not one.pinned]:
-                self.free(parity, "it protects nothing of this node any more")
+        if not (file.is_parity or file.is_foster) and not generation.rank_files():
+            for other in [one for one in generation.all_files() if not one.pinned]:
+                self.free(other, "it protects nothing of this node any more")
         self._forget_if_bare(generation)
         self._on_change()
 
     def _forget_if_bare(self, generation: Generation) -> None:
         if not generation.files:
             self.generations.pop((generation.job, generation.identity), None)
-            if not self.of_job(generation.job):
-                self.met.pop(generation.job, None)
+            self.met.keep(one.job for one in self.generations.values())
 
     def _free_if_closed(self, generation: Generation, begun: bool = False) -> None:
         """`begun`: arenas of closed ranks may be gone already (a daemon died while it freed them).
@@ -421,7 +453,7 @@ class Keeper:
         On several nodes a node that has closed may still be needed: nothing goes before all nodes have (`over`).
         """
         files = generation.all_files()
-        own = {rank: held for rank, held in generation.files.items() if rank != PARITY}
+        own = {rank: held for rank, held in generation.files.items() if rank >= 0}
         closed = {rank for rank, held in own.items() if all(file.owner.closed for file in held)}
         everyone = set(own) if begun else set(generation.ledger.ranks)
         if not own or closed != everyone or any(file.pinned for file in files):
@@ -448,9 +480,21 @@ class Keeper:
                 if isinstance(file.holder, Free) and not file.pinned and not file.gone:
                     self.free(file, f"generation {generation.identity} went on from it and has committed")
 
+    def _free_fosters(self, generation: Generation) -> None:
+        """What survivors made while the job waited, once a commit of this generation has made it useless."""
+        committed = generation.committed
+        for file in [one for other in self.of_job(generation.job) for one in other.foster_files()]:
+            made = {view.snapshot for view in views(file) if view.snapshot is not None}
+            useless = committed is not None and all(
+                outlived(snapshot, file.generation, generation.identity, generation.restored, committed)
+                for snapshot in made
+            )
+            if useless and not file.pinned:
+                self.free(file, f"{committed} is committed, and every node protects it")
+
     def _free_outgrown(self, generation: Generation) -> None:
         """A rank moved to a larger arena, and something newer is committed there: the smaller one may go."""
-        for files in list(generation.files.values()):
+        for files in [files for place, files in generation.files.items() if place != FOSTER]:
             newest = files[-1]
             moved = any(
                 view.progress is Progress.COMMITTED
@@ -466,6 +510,9 @@ class Keeper:
         now_s = self.clock.wall_s()
         for generation in list(self.generations.values()):
             files = generation.rank_files()
+            for foster in list(generation.foster_files()):
+                if self.lease_left_s(foster, now_s) <= 0 and not foster.pinned:
+                    self.free(foster, f"no trainer came back for it within {self.config.lease_s:g} s")
             if not files:
                 self._free_stray_parity(generation)
                 continue
@@ -476,10 +523,11 @@ class Keeper:
                         self.free(file, f"no trainer came back for it within {self.config.lease_s:g} s")
 
     def _free_stray_parity(self, generation: Generation) -> None:
-        """Parity without a rank's arena (a crash in the middle of an inheritance) stays while its job has others."""
+        """Parity without a rank's arena (a crash in the middle of an inheritance) stays while its job has others; so
+        does what was made while the job waited, once the ranks' arenas were handed on."""
         if any(one.rank_files() for one in self.of_job(generation.job)):
             return
-        for file in list(generation.parity_files()):
+        for file in generation.all_files():
             if not file.pinned:
                 self.free(file, "it protects nothing of this node any more")
 
@@ -494,7 +542,9 @@ class Keeper:
         freed, kept = 0, []
         before = self.total_bytes()
         for file in list(self.files.values()):
-            if file.is_parity or job not in (None, file.job) or number not in (None, file.owner.generation):
+            if file.gone or (file.is_parity and not file.is_foster):
+                continue  # what protects goes with what it protects
+            if job not in (None, file.job) or number not in (None, file.owner.generation):
                 continue
             what = f"job {file.job!r}, generation {file.generation}, rank {file.owner.rank}"
             if not isinstance(file.holder, Free):
@@ -521,11 +571,12 @@ class Keeper:
         for file in self.files.values():
             if file.job != job or self.generation_of(file).over:
                 continue
-            damaged += complaints(file)
+            damaged += [] if file.is_foster else complaints(file)
             if file.is_parity:
                 sets += parities(file)
                 continue
-            arenas.append(report(file))
+            if not file.is_foster:
+                arenas.append(report(file))
             offered += shards(file)
         return Inventory(
             self.root.node,
@@ -566,7 +617,7 @@ class Keeper:
             return
         if snapshot_in(file.native.slot(ask.slot)) == ask.snapshot and ask.slot not in file.quarantined:
             file.quarantined[ask.slot] = (ask.snapshot, ask.why)
-            if file.is_parity:
+            if file.is_parity and not file.is_foster:
                 self.generation_of(file).ledger.parity_gone(ask.snapshot.step)
             self.metrics.add("quarantined")
             log.warning(
@@ -575,4 +626,4 @@ class Keeper:
 
 
 def _same_generation(one: ArenaFile, other: ArenaFile) -> bool:
-    return not one.is_parity and (one.job, one.generation) == (other.job, other.generation)
+    return not (one.is_parity or one.is_foster) and (one.job, one.generation) == (other.job, other.generation)

@@ -26,6 +26,8 @@ COUNTERS: Final = {
     "assisted_bytes": "bytes decoded here for nodes that lost them, and sent to them",
     "rebuilt": "lost shards decoded here",
     "rebuilt_bytes": "bytes of the shards decoded here",
+    "reprotected": "shards and parity sets that this node made for a job that waits",
+    "reprotected_bytes": "bytes of these",
     "scrub_checked": "blocks of committed shards and parity that were read again",
     "scrub_found": "blocks among them that had rotted in memory",
     "scrub_repaired": "blocks among those that were repaired from the rest of their group",

@@ -389,7 +389,7 @@ class Peers:
         asked_s, known = self._known.get(job, (-ASKED_AGAIN_S, []))
         if not fresh and self.clock.monotonic_s() - asked_s < ASKED_AGAIN_S:
             return known
-        addresses = set(self.keeper.met.get(job, {}).values())
+        addresses = set(self.keeper.met.of(job).values())
         asked = [self.mesh.ask(one, wire.AskInventory(job), ASK_PEERS_S) for one in sorted(addresses)]
         replies = await asyncio.gather(*asked, return_exceptions=True)
         known = [reply.inventory for reply in replies if isinstance(reply, wire.InventoryTaken)]

@@ -154,7 +154,7 @@ _Look = TypeVar("_Look", Shard, ParityReport)
 
 
 def _merged(looks: Iterable[tuple[bytes, _Look]]) -> list[tuple[bytes, _Look]]:
-    """What is usable, once each with its node: the most advanced first, then by where it lies.
+    """What is usable, once each with its node: the most advanced first, then by where it lies; fosters last of all.
 
     Several ranks of a node ask at slightly different times, so two looks at one slot may differ. Whoever found damage
     is right; else the later look, in which the slot is further, is.
@@ -165,7 +165,7 @@ def _merged(looks: Iterable[tuple[bytes, _Look]]) -> list[tuple[bytes, _Look]]:
         other = seen.get(place)
         seen[place] = look if other is None or other == look else max(look, other, key=_weight)
     usable = [(place, look) for place, look in seen.items() if look.progress in USABLE]
-    usable.sort(key=lambda item: (-PROGRESS.index(item[1].progress), item[0]))
+    usable.sort(key=lambda item: (item[1].foster, -PROGRESS.index(item[1].progress), item[0]))
     return [(place[0], look) for place, look in usable]
 
 
@@ -200,6 +200,11 @@ class Group:
     def margin(self) -> int:
         """How many more symbols each stripe can lose; below 0, bytes are lost."""
         return min(self.available) - geometry.stripes(self.layout).k
+
+    @property
+    def is_foster(self) -> bool:
+        """Survivors made it among themselves."""
+        return any(source.report.foster for source in self.parities.values())
 
     def left_for(self, position: int, index: int) -> int:
         """The fewest symbols that a stripe with bytes of this shard has left."""
@@ -322,8 +327,12 @@ def _complete(left: _Remains) -> _Found:
     highest = max(sources, default=0)
     if world_size < 1 or highest >= world_size:
         return _Found(f"it has a shard of rank {highest} and a world size of {world_size}")
+    # A foster is no arena to go on with: its shard is brought back like a lost one, by a copy. Where no parity tells
+    # how it can be checked, it is read where it lies.
+    fosters = {rank: sources.pop(rank) for rank, source in list(sources.items()) if source.shard.foster}
     groups = _groups(left, world_size) if len(sources) < world_size else []
     missing, faults = _rebuildable(groups, sources)
+    sources |= {rank: source for rank, source in fosters.items() if rank not in missing}
     known = {*sources, *missing, *(rank for _, ranks in faults for rank in ranks)}
     sentences = [_beyond_help(known, world_size, bool(left.parities))] if len(known) < world_size else []
     sentences += [
@@ -341,7 +350,8 @@ def _complete(left: _Remains) -> _Found:
 def _rebuildable(
     groups: Sequence[Group], sources: Mapping[int, Source]
 ) -> tuple[dict[int, Rebuilding], list[tuple[str, list[int]]]]:
-    """How each shard that is not there comes back; and of those that do not, why not, for each group its ranks."""
+    """How each shard that is not there comes back (a foster of it is in the group's shards); and of those that do not,
+    why not, for each group its ranks."""
     lost: dict[int, list[tuple[Group, int, int]]] = {}
     for group in groups:
         for position, index, shape in _shapes(group.layout):
@@ -351,7 +361,7 @@ def _rebuildable(
     failing: dict[int, tuple[Group, int, list[int]]] = {}
     for rank, places in sorted(lost.items()):
         for group, position, index in places:
-            if group.left_for(position, index) >= geometry.stripes(group.layout).k:
+            if rank in group.shards or group.left_for(position, index) >= geometry.stripes(group.layout).k:
                 missing[rank] = group.rebuilding(position)
                 break
         else:
@@ -396,9 +406,12 @@ def _chosen(
     here, world_size = len(found.sources), found.world_size
     if found.missing:
         how = "and it is committed" if committed else "though its commit was not finished"
+        copied = sum(rank in how_it_comes.shards for rank, how_it_comes in found.missing.items())
+        ways = [f"{len(found.missing) - copied} will be rebuilt from parity"] if len(found.missing) > copied else []
+        ways += [f"{copied} will be copied from nodes that rebuilt {'it' if copied == 1 else 'them'}"] if copied else []
         why = (
             f"{snapshot} is the newest that is whole or can be rebuilt: {here} of {world_size} shards "
-            f"{_are(here)} here, {len(found.missing)} will be rebuilt from parity, {how}"
+            f"{_are(here)} here, {', '.join(ways)}, {how}"
         )
     else:
         how = "committed" if committed else "whole, though its commit was not finished"
@@ -426,7 +439,8 @@ def previous_places(inventories: Iterable[Inventory], snapshot: SnapshotId) -> F
     """How the nodes that protect a snapshot stand in its groups, which are numbered by their smallest rank.
 
     A node's parity set says where it stands; one without stands where all its shards belong. Where parity of several
-    layouts is left, those with the most sets count, as long as they share no rank.
+    layouts is left, those with the most sets count, as long as they share no rank; one that survivors made while the
+    job waited counts only where nothing is left of the grouping before it.
     """
     gathered = list(inventories)
     groups = _standing(groups_of(gathered, snapshot))
@@ -436,7 +450,7 @@ def previous_places(inventories: Iterable[Inventory], snapshot: SnapshotId) -> F
         for position, parity in group.parities.items():
             by_parity.setdefault(parity.node, set()).add((number, position))
         for position, _, shape in _shapes(group.layout):
-            if shape.rank in group.shards:
+            if shape.rank in group.shards and not group.shards[shape.rank].shard.foster:
                 by_shards.setdefault(group.shards[shape.rank].node, set()).add((number, position))
     places: dict[bytes, tuple[int, int]] = {}
     for told in (by_parity, by_shards):
@@ -449,7 +463,7 @@ def previous_places(inventories: Iterable[Inventory], snapshot: SnapshotId) -> F
 def _standing(groups: Sequence[Group]) -> list[Group]:
     """Groups that share no rank, those with the most parity sets first served, in the order of their smallest ranks."""
     taken: dict[int, Group] = {}
-    for group in sorted(groups, key=lambda one: -len(one.parities)):
+    for group in sorted(groups, key=lambda one: (one.is_foster, -len(one.parities))):
         ranks = {shape.rank for _, _, shape in _shapes(group.layout)}
         if ranks.isdisjoint(taken):
             taken.update(dict.fromkeys(ranks, group))
@@ -505,10 +519,11 @@ def _taken_over(choice: Choice, free: dict[bytes, list[int]]) -> dict[int, Assig
         taken.add(shard.arena)
         free[source.node].remove(rank)
 
-    for rank, source in sorted(choice.sources.items()):
+    sources = {rank: source for rank, source in choice.sources.items() if not source.shard.foster}
+    for rank, source in sorted(sources.items()):
         if rank in free.get(source.node, ()) and source.shard.arena not in taken:
             take(rank, source)
-    for _, source in sorted(choice.sources.items()):
+    for _, source in sorted(sources.items()):
         # Who misses its own shard waits, since it may be the one to get it rebuilt.
         ranks = sorted(free.get(source.node, ()), key=lambda rank: (rank in choice.missing, rank))
         if ranks and source.shard.arena not in taken:

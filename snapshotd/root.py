@@ -17,16 +17,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from snapshotd import _native
-from snapshotd.arena import OPEN_FLAGS, PARITY_INDEX, SLOTS, ArenaFile, lock_name, read_owner, remove, slug
+from snapshotd.arena import OPEN_FLAGS, PLACES, SLOTS, ArenaFile, lock_name, read_owner, remove, slug
 from snapshotd.errors import ConfigError, NoRoom, SnapshotError
 from snapshotd.faults import crash_point
 
 SHARED_PARENT = Path("/dev/shm/snapshotd")
-_NAME = re.compile(r"(?P<job>[A-Za-z0-9_-]+)\.(?P<index>\d+|parity)\.(?P<id>[0-9a-f]{32})\.arena")
+_NAME = re.compile(r"(?P<job>[A-Za-z0-9_-]+)\.(?P<index>\d+|parity|foster|foster-parity)\.(?P<id>[0-9a-f]{32})\.arena")
 _REMEMBERED_BYTES_MAX = 256 << 20
 _LOCK, _NODE, _NODE_DRAFT, _LAST = "daemon.lock", "node.id", "node.id.new", "daemon.last"
-KEYS, KNOWN = "node.keys", "peers.known"
-_OWN = {_LOCK, _NODE, _NODE_DRAFT, _LAST, *(f"{name}{draft}" for name in (KEYS, KNOWN) for draft in ("", ".new"))}
+KEYS, KNOWN, MET = "node.keys", "peers.known", "peers.met"
+_OWN = {_LOCK, _NODE, _NODE_DRAFT, _LAST, *(f"{name}{draft}" for name in (KEYS, KNOWN, MET) for draft in ("", ".new"))}
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ class Root:
     def draft(self, job: str, local_index: int, total_bytes: int) -> Draft:
         """Make the two files of a new arena, still empty."""
         arena_id = secrets.token_bytes(16)
-        place = "parity" if local_index == PARITY_INDEX else str(local_index)
-        name = f"{slug(job)}.{place}.{arena_id.hex()}.arena"
+        name = f"{slug(job)}.{PLACES.get(local_index, local_index)}.{arena_id.hex()}.arena"
         lock_fd = self._create(lock_name(name))
         try:
             fd = self._create(name)
@@ -151,7 +150,15 @@ class Root:
         os.close(draft.lock_fd)
 
     def finish(
-        self, draft: Draft, *, job: str, local_index: int, slot_bytes: int, block_bytes: int, owner: dict[str, Any]
+        self,
+        draft: Draft,
+        *,
+        job: str,
+        local_index: int,
+        slot_bytes: int,
+        block_bytes: int,
+        owner: dict[str, Any],
+        slots: int = SLOTS,
     ) -> ArenaFile:
         """Format and map a draft whose pages are reserved."""
         _native.Arena.format(
@@ -159,7 +166,7 @@ class Root:
             arena_id=draft.arena_id,
             job=job,
             local_index=local_index,
-            slots=SLOTS,
+            slots=slots,
             slot_bytes=slot_bytes,
             block_bytes=block_bytes,
         )

@@ -146,7 +146,8 @@ class Scrubber:
         later_s = self._clock.monotonic_s() + self._config.scrub_every_s
         for file in self._keeper.files.values():
             for view in views(file) if not file.awaits_rebuild else []:
-                if view.progress is not Progress.COMMITTED or view.snapshot is None:
+                kept = Progress.FULL if file.is_foster else Progress.COMMITTED  # nobody votes on a foster
+                if view.progress is not kept or view.snapshot is None:
                     continue
                 spot = _Spot(file, view.index, view.snapshot, file.owner.fenced, later_s)
                 last = known.get((file.arena_id, view.index))

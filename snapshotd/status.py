@@ -132,8 +132,9 @@ def document(
     inventories: Mapping[str, Sequence[Inventory]],
     damaged: Iterable[str],
     counters: Mapping[str, Any],
+    protections: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> dict[str, Any]:
-    """The whole status as JSON values."""
+    """The whole status as JSON values. `protections` tells of jobs that wait."""
     tightest_first = [asdict(room) for room in rooms]
     return {
         "status_version": VERSION,
@@ -147,6 +148,7 @@ def document(
         "jobs": {
             job: {
                 "recoverable": _recoverable(inventories[job]),
+                "protection": (protections or {}).get(job),
                 "generations": [asdict(one) for one in generations],
             }
             for job, generations in sorted(jobs.items())
@@ -217,9 +219,17 @@ def _job_lines(job: str, facts: Mapping[str, Any]) -> list[str]:
     recoverable = facts["recoverable"]
     what = "nothing to restore" if recoverable["step"] is None else f"step {recoverable['step']} can be restored"
     lines = [f"job {job}: {'LOST' if recoverable['lost'] else what}", f"  why: {recoverable['why']}"]
+    protection = facts.get("protection")
+    if protection is not None:
+        lines.append(f"  it waits, {protection['state']}: {protection['why']}{_made(protection)}")
     for generation in facts["generations"]:
         lines += _generation_lines(generation)
     return lines
+
+
+def _made(protection: Mapping[str, Any]) -> str:
+    kept = protection["foster_bytes"]
+    return f" ({shown(kept)} here for that)" if kept else ""
 
 
 def _generation_lines(facts: Mapping[str, Any]) -> list[str]:

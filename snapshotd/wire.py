@@ -83,6 +83,7 @@ class Shard(Struct, frozen=True):
     fingerprint: Digest32
     file_bytes: Count
     block_bytes: Blocks = 1 << 20
+    foster: bool = False  # decoded by a survivor that keeps it until the job goes on; its rank's own arena is gone
 
 
 class ShardShape(Struct, frozen=True, array_like=True):
@@ -116,6 +117,7 @@ class ParityReport(Struct, frozen=True):
     progress: Progress
     position: Annotated[int, Meta(ge=0, lt=GROUP_NODES_MAX)]
     layout: GroupLayout
+    foster: bool = False  # made by survivors among themselves while the job waits
 
 
 class ArenaReport(Struct, frozen=True):

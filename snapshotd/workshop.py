@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from snapshotd import _native, budget, geometry, parityset, protect, rebuild, wire
+from snapshotd import _native, budget, fetch, geometry, parityset, protect, rebuild, wire
 from snapshotd.arena import PARITY_INDEX, SLOTS, ArenaFile
 from snapshotd.budget import Room
 from snapshotd.combine import BadBytes, Cancelled
@@ -401,7 +401,7 @@ class Workshop:
         job, published = state.job, False
         try:
             doubtful = await self._run(
-                rebuild.decode, job, file.native, index, self._peers.tools,
+                fetch.regain, job, file.native, index, self._peers.tools,
                 lambda: state.cancelled.is_set() or self._peers.ended() or file.gone,
             )  # fmt: skip
             file.native.publish(index, job.shape.file_bytes)

@@ -15,6 +15,7 @@ from snapshotd import faults
 from snapshotd.errors import SnapshotError, SnapshotLost
 from tests.cluster.harness import until
 from tests.cluster.nodes import Cast, Nodes, ends_exactly, nodes, side_by_side
+from tests.cluster.test_nodes_reprotect import POINTS as REPROTECTING
 
 
 def on(node: int, *points: str) -> list[tuple[str, int]]:
@@ -45,9 +46,9 @@ FREEING = ("free.before", "free.after")
 IN_TEST_NODES_SPREAD = ("assist.window",)
 
 
-def test_every_point_of_a_daemon_is_tried_in_here() -> None:
+def test_every_point_of_a_daemon_is_tried_in_here_or_where_it_is_said() -> None:
     tried = {point for family in (*SAVING.values(), *RESTORING.values()) for point, _ in family}
-    tried |= {*ROOM, *FREEING, *IN_TEST_NODES_SPREAD}
+    tried |= {*ROOM, *FREEING, *IN_TEST_NODES_SPREAD, *REPROTECTING}
     assert tried == set(faults.DAEMON_POINTS)
 
 

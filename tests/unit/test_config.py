@@ -88,6 +88,7 @@ def test_without_any_setting_the_defaults_hold() -> None:
         ("peer_bandwidth", "9999999999TB", "between 0 and"),
         ("scrub_bandwidth", "often", "no bandwidth; write it like"),
         ("scrub_every_s", "0", "between 0.1 and"),
+        ("reprotect_after_s", "-1", r"reprotect_after is -1; it must lie between 0 and .*\(0: off\)"),
         ("interface", "none7", "no network interface 'none7' here; there are .*lo"),
         ("exit_idle", "perhaps", "no yes or no"),
         ("node_id", "x" * 201, "at most 200 bytes"),
@@ -130,8 +131,8 @@ def test_every_setting_can_come_from_a_variable() -> None:
         "node_id": "n", "interface": "lo", "listen": "tcp://[::1]:7780", "advertise": "localhost:1", "socket": "/s",
         "stream_port": "7781", "domain": "rack=7,switch=2", "peer_bandwidth": "2GB/s", "shm_dir": "/d",
         "memory_limit": "1GiB", "claim_wait_s": "1", "lease_s": "2", "exit_idle": "yes", "authenticate": "no",
-        "codec": "cpu", "scrub_bandwidth": "1GB/s", "scrub_every_s": "60", "crash": "grant.sent",
-        "rebuild_spread": "yes",
+        "codec": "cpu", "scrub_bandwidth": "1GB/s", "scrub_every_s": "60", "reprotect_after_s": "5",
+        "crash": "grant.sent", "rebuild_spread": "yes",
     }  # fmt: skip
     environment = {f"SNAPSHOTD_{name.removesuffix('_s').upper()}": value for name, value in values.items()}
     config = load_daemon_config({}, environment)

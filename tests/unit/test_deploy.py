@@ -104,7 +104,7 @@ def test_the_example_of_the_settings_is_accepted_as_it_is_and_with_every_line_sw
 
 def test_the_example_shows_the_true_defaults(tmp_path: Path) -> None:
     shown, defaults = tomllib.loads(examples()), load_daemon_config({}, {})
-    for name in ("lease_s", "claim_wait_s", "exit_idle", "scrub_every_s"):
+    for name in ("lease_s", "claim_wait_s", "exit_idle", "scrub_every_s", "reprotect_after_s"):
         assert shown[name.removesuffix("_s")] == getattr(defaults, name)
 
 

@@ -167,3 +167,18 @@ def test_counters_of_reasons_are_bounded() -> None:
 def test_an_unknown_counter_is_a_mistake() -> None:
     with pytest.raises(KeyError):
         Metrics().add("typo")
+
+
+def test_a_job_that_waits_says_how_it_is_protected_and_what_becomes_of_that() -> None:
+    waits: dict[str, Any] = {
+        "state": "re-protecting", "why": "of the 4 nodes of its group 1 is gone", "step": 41, "losses_left": 0,
+        "made_bytes": 0, "foster_bytes": 3 << 20,
+    }  # fmt: skip
+    rooms, counters = [Room("this machine", 1 << 30, "the memory of the machine")], Metrics().document()
+    jobs, held = {"test": [generation(held=False)]}, {"test": list[Inventory]()}
+    document = status.document(node(), rooms, jobs, held, [], counters, {"test": waits})
+    assert document["jobs"]["test"]["protection"] == waits
+    told = status.text(json.loads(json.dumps(document)))
+    assert "it waits, re-protecting: of the 4 nodes of its group 1 is gone (3.0 MiB here for that)" in told
+    quiet = status.document(node(), rooms, jobs, held, [], counters)
+    assert quiet["jobs"]["test"]["protection"] is None and "it waits" not in status.text(quiet)
