@@ -17,9 +17,25 @@ REACHED = (
     "parity EMPTY -> FILLING", "parity FILLING -> EMPTY", "parity FILLING -> FULL", "parity FULL -> COMMITTED",
     "parity FULL -> EMPTY", "parity COMMITTED -> EMPTY", "parity rotten FULL -> EMPTY",
     "parity rotten COMMITTED -> EMPTY", "parity COMMITTED -> gone", "parity FULL -> gone",
+    "foster EMPTY -> FILLING", "foster FILLING -> EMPTY", "foster FILLING -> FULL", "foster FULL -> gone",
+    "foster-parity EMPTY -> FILLING", "foster-parity FILLING -> EMPTY", "foster-parity FILLING -> FULL",
+    "foster-parity FULL -> gone",
 )  # fmt: skip
 """Every way a slot may go; a long run has to see all of them."""
-COUNTED = ("commits", "aborts", "naming", "restored", "rebuilt", "lost", "rebuild corrupt", "rebuild failed")
+COUNTED = (
+    "protected anew",
+    "commits",
+    "aborts",
+    "naming",
+    "restored",
+    "rebuilt",
+    "lost",
+    "rebuild corrupt",
+    "rebuild failed",
+)
+
+
+WAITS_EVERY = 3
 
 
 class Totals:
@@ -71,23 +87,25 @@ def main() -> int:
     parser.add_argument("--size", type=float, default=1.0, help="how long a history is")
     parser.add_argument("--seed", type=int, help="play this one and show its trace")
     parser.add_argument("--only", default="all", help="of its faults, these")
+    parser.add_argument("--waits", action="store_true", help="the job waits for machines in it (of many seeds: in all)")
     parser.add_argument(
         "--keep-going", action="store_true", help="a line for each violation instead of the first's end"
     )
     options = parser.parse_args()
     if options.seed is not None:
         only = None if options.only == "all" else [int(n) for n in options.only.split(",") if n.isdigit()]
-        one = play(options.seed, options.size, only, trace=True)
+        one = play(options.seed, options.size, only, trace=True, waits=options.waits)
         print(one.text())
         print(one.broken or "all invariants hold")
         return int(bool(one.broken))
-    return _soak(options.first, options.seconds, options.size, options.keep_going)
+    return _soak(options.first, options.seconds, options.size, options.keep_going, options.waits)
 
 
-def _soak(first: int, seconds: float, size: float, keep_going: bool) -> int:
+def _soak(first: int, seconds: float, size: float, keep_going: bool, waits: bool) -> int:
+    """In every third history the job waits for machines, or in all."""
     began_s, seed, broken, totals = time.monotonic(), first, 0, Totals()
     while time.monotonic() - began_s < seconds:
-        one = play(seed, size)
+        one = play(seed, size, waits=waits or seed % WAITS_EVERY == 0)
         totals.add(one)
         if one.broken:
             broken += 1

@@ -54,9 +54,9 @@ class Fault(NamedTuple):
         return f"{self.at_s:6.3f} s: {self.kind} (number {self.who}, for {self.lasts_s:.2f} s)"
 
 
-def drawn(seed: int, horizon_s: float, rate: float) -> list[Fault]:
+def drawn(seed: int, horizon_s: float, rate: float, stream: str = "faults") -> list[Fault]:
     """The faults of a history, in order."""
-    chance = random.Random(f"{seed} faults")
+    chance = random.Random(f"{seed} {stream}")
     found, at_s = [], chance.expovariate(rate)
     while at_s < horizon_s:
         (kind,) = chance.choices(list(KINDS), list(KINDS.values()))
@@ -173,6 +173,29 @@ class Nemesis:
                 world.lose(host)
                 lost = True
         return lost
+
+    def job_waits(self, fault: Fault) -> None:
+        """Machines are lost, and there are none in their place: the job is not launched before that time is over.
+        Whatever can still be borne by then is lost too, once or twice."""
+        world = self._world
+        world.faults["the job waits"] += 1
+        world.job.held_until_s = world.queue.now_s + fault.lasts_s
+        world.job.stop("its machines are gone")
+        self.lose(fault, 0)
+        for share in (0.5 + 0.3 * fault.draws[2], 0.9)[: 1 + (fault.draws[3] < 0.5)]:
+            world.job.loop.call_later(share * fault.lasts_s, self.lose_another, fault.who)
+
+    def lose_another(self, who: int) -> bool:
+        """A machine without which the judge still has all that it needs, by what stands in memory now."""
+        world, duty = self._world, self._world.checker.duty
+        hosts = [host for host in world.living() if host.memory]
+        for host in random.Random(who).sample(hosts, len(hosts)) if duty is not None else []:
+            seen = {one.node for one in hosts if one is not host}
+            if duty is not None and world.checker.bearable(seen, ()) == duty.made:
+                world.lose(host)
+                world.faults["another machine is lost"] += 1
+                return True
+        return False
 
     def _flip(self, fault: Fault) -> bool:
         """In a slot of one machine: at most as much as one lost machine would take."""

@@ -20,14 +20,16 @@ HEALING_S = 30.0
 EVENTS_MAX = 400_000
 TRACE_LINES = 60
 SHRINK_RUNS_MAX = 60
+WAITS = "the job waits"
 
 
 @dataclass
 class History:
-    """What became of a seed. `broken` says what does not hold."""
+    """What became of a seed. `broken` says what does not hold. `waits`: the job waits for machines in it."""
 
     seed: int
     size: float
+    waits: bool = False
     broken: str = ""
     faults: list[Fault] = field(default_factory=list)
     events: int = 0
@@ -48,24 +50,32 @@ class History:
         return "\n".join(" ".join(map(str, line)) for line in self.trace)
 
 
-def play(seed: int, size: float = 1.0, only: Sequence[int] | None = None, *, trace: bool = False) -> History:
+def play(
+    seed: int, size: float = 1.0, only: Sequence[int] | None = None, *, trace: bool = False, waits: bool = False
+) -> History:
     """The history of a seed. `only` are the numbers of the faults that happen; all of them by default."""
-    chance, horizon_s, faults = _drawn(seed, size)
+    chance, horizon_s, faults = _drawn(seed, size, waits)
     if only is not None:
         faults = [faults[number] for number in only if number < len(faults)]
-    history = History(seed, size, faults=faults)
-    world = World(seed, keep_trace=trace)
+    history = History(seed, size, waits, faults=faults)
+    world = World(seed, keep_trace=trace, waits=waits)
     quiet = logging.getLogger("snapshotd")
     disabled, quiet.disabled = quiet.disabled, True
     try:
         with world.watched():
             _set_up(world, chance)
             nemesis = Nemesis(world)
-            nemesis.plan(faults)
+            nemesis.plan([fault for fault in faults if fault.kind != WAITS])
+            for fault in faults:
+                if fault.kind == WAITS:
+                    world.job.loop.call_later(fault.at_s, nemesis.job_waits, fault)
             _until(world, lambda: world.queue.now_s >= horizon_s)
             nemesis.heal()
             _goes_on(world)
             _comes_back(world, nemesis, chance)
+            if waits:
+                _goes_on(world)
+                _is_protected_anew(world, nemesis, chance)
     except Violation as error:
         history.broken = str(error)
         if error.__cause__ is not None and not isinstance(error.__cause__, Violation):
@@ -119,9 +129,29 @@ def _comes_back(world: World, nemesis: Nemesis, chance: random.Random) -> None:
         raise Violation(f"liveness: the job was not launched again within {HEALING_S:g} s in which nothing was wrong")
 
 
+def _is_protected_anew(world: World, nemesis: Nemesis, chance: random.Random) -> None:
+    """Machines are lost, and none come in their place: where the others can, they make that good before long, bear
+    another loss, and the job goes on."""
+    job, checker = world.job, world.checker
+    expected = checker.to_be_protected_anew(nemesis.lose_another, chance.randrange(1 << 16))
+    job.held_until_s = world.queue.now_s + HEALING_S
+    job.stop("no machines are left for it")
+    until_s = world.queue.now_s + HEALING_S
+    _until(world, lambda: checker.is_protected() or world.queue.now_s > until_s)
+    if expected and not checker.is_protected():
+        raise Violation(f"liveness: a job that waits was not protected anew within {HEALING_S:g} s")
+    nemesis.lose_another(chance.randrange(1 << 16))
+    job.held_until_s = 0.0
+    runs, until_s = job.counts["runs"], world.queue.now_s + HEALING_S
+    _until(world, lambda: job.counts["runs"] > runs or world.queue.now_s > until_s)
+    if job.counts["runs"] <= runs:
+        raise Violation(f"liveness: a job that waited was not launched again within {HEALING_S:g} s")
+    _goes_on(world)
+
+
 def shrunk(history: History) -> History:
     """The same violation with fewer faults, as far as a bounded number of tries finds one."""
-    count = len(_drawn(history.seed, history.size)[2])
+    count = len(_drawn(history.seed, history.size, history.waits)[2])
     kept, tries = list(range(count)), 0
     kind = history.broken[:3]
     chunk = max(1, count // 2)
@@ -129,7 +159,7 @@ def shrunk(history: History) -> History:
         for first in range(0, len(kept), chunk):
             fewer = kept[:first] + kept[first + chunk :]
             tries += 1
-            found = play(history.seed, history.size, fewer)
+            found = play(history.seed, history.size, fewer, waits=history.waits)
             if found.broken[:3] == kind:
                 kept = fewer
                 break
@@ -137,24 +167,33 @@ def shrunk(history: History) -> History:
                 break
         else:
             chunk //= 2
-    best = play(history.seed, history.size, kept, trace=True)
+    best = play(history.seed, history.size, kept, trace=True, waits=history.waits)
     best.kept = kept
     return best
 
 
-def _drawn(seed: int, size: float) -> tuple[random.Random, float, list[Fault]]:
+def _drawn(seed: int, size: float, waits: bool) -> tuple[random.Random, float, list[Fault]]:
     chance = random.Random(f"{seed} size")
     horizon_s = size * chance.uniform(1.0, 3.0)
-    return chance, horizon_s, drawn(seed, horizon_s, chance.uniform(0.5, 4.0))
+    faults = drawn(seed, horizon_s, chance.uniform(0.5, 4.0))
+    if not waits:
+        return chance, horizon_s, faults
+    waiting = random.Random(f"{seed} waits")
+    begins_s, lasts_s = waiting.uniform(0.3, 1.0) * horizon_s, waiting.uniform(4.0, 12.0)
+    wait = Fault(begins_s, WAITS, waiting.randrange(1 << 16), lasts_s, tuple(waiting.random() for _ in range(4)))
+    meanwhile = drawn(seed, lasts_s, waiting.uniform(0.1, 1.0), "meanwhile")
+    later = [fault._replace(at_s=fault.at_s + begins_s) for fault in meanwhile]
+    return chance, begins_s + lasts_s + horizon_s, [*faults, wait, *later]
 
 
 def report(history: History) -> str:
     """What failed, how to see it again, and the end of the shortened trace."""
     short = shrunk(history)
     only = ",".join(map(str, short.kept)) or "none"
+    waits = " --waits" if history.waits else ""
     lines = [
         f"seed {history.seed}: {history.broken}",
-        f"replay: .venv/bin/python -m tests.sim --seed {history.seed} --size {history.size:g} --only {only}",
+        f"replay: .venv/bin/python -m tests.sim --seed {history.seed} --size {history.size:g}{waits} --only {only}",
         "faults:",
         *(f"  {fault}" for fault in short.faults),
         f"the last {TRACE_LINES} lines of the trace, without its inner moves:",

@@ -9,19 +9,26 @@ launched where, which machine was lost, which bit turned over. From that it know
       than its parity, it can be restored;
 * I4  what is restored is what all ranks had at one and the same step, and as new as it has to be;
 * I5  bytes that turned over are never restored, nor decoded from, nor made parity of.
+
+And while the job waits, of what survivors make (*fosters*):
+
+* R1  nothing that stood there before goes for it (I1 and I3 hold), and once a group is protected anew, that stays (I3);
+* R2  no published state names a foster;
+* R3  a foster that is whole has the bytes that its rank copied, or is the parity of the new group by the definition;
+* R4, R5  a recovery that begins at any time restores what it has to (I4), a job protected anew counting as such.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
-from snapshotd import _native
-from snapshotd.arena import PARITY_INDEX
-from snapshotd.wire import SnapshotId
+from snapshotd import _native, parityset
+from snapshotd.arena import FOSTER_INDEX, FOSTER_PARITY_INDEX, PARITY_INDEX, PLACES
+from snapshotd.wire import Publish, SnapshotId
 from tests.sim.memory import NAMES, WHOLE, Memory, SlotInfo
 from tests.sim.trainer import content
 from tests.sim.twin import parity_of
@@ -80,11 +87,13 @@ class Generation:
 
 @dataclass
 class Duty:
-    """The last commit: what has to stay, and what of it the world has taken."""
+    """The last commit: what has to stay, and what of it the world has taken. `voted` is the grouping that committed
+    it."""
 
     made: Made
     formation: tuple[Group, ...]
     hit: set[Part] = field(default_factory=set)
+    voted: tuple[Group, ...] = ()
 
     def beyond(self, lost: Collection[Part]) -> bool:
         """Some group lost more positions than it has parity."""
@@ -122,6 +131,7 @@ class Checker:
         self._shards: dict[tuple[Made, int], dict[Place, Memory]] = {}
         self._sets: dict[tuple[Made, Shape, int], dict[Place, Memory]] = {}
         self._shape_of: dict[Place, Shape] = {}
+        self._parity_of_shape: dict[Shape, int] = {}  # of groups that survivors made
         self._changed = self._in_fault = False
         self._taken: list[tuple[bytes, int]] = []
         self._decisions: set[tuple[Gen, Made]] = set()
@@ -132,8 +142,8 @@ class Checker:
         owner = memory.owner
         _, host = self._memory.get(memory.arena_id, (None, None))
         label = host.label if host is not None else "?"
-        if memory.local_index == PARITY_INDEX or owner is None:
-            return f"{label}, its parity {memory.arena_id.hex()[:4]}:"
+        if memory.local_index in PLACES or owner is None:
+            return f"{label}, its {_kind(memory)} {memory.arena_id.hex()[:4]}:"
         return f"{label}, arena {memory.arena_id.hex()[:4]} of rank {owner.rank}:"
 
     def groups(self) -> list[list[bytes]]:
@@ -233,11 +243,15 @@ class Checker:
 
     def _appears(self, memory: Memory, index: int, slot: SlotInfo) -> None:
         place = memory.arena_id, index
-        if memory.local_index == PARITY_INDEX:
-            self._judge_parity(memory, index, slot)
+        if memory.local_index in (PARITY_INDEX, FOSTER_PARITY_INDEX):
+            if memory.local_index == PARITY_INDEX:
+                self._judge_parity(memory, index, slot)
+            else:
+                self._judge_foster_parity(memory, index, slot)
             shape = self._shape_of.get(place)
             if shape is not None:
                 self._sets.setdefault((slot.made, shape, slot.rank), {})[place] = memory
+                self._protected_anew(slot.made, shape)
             return
         self._shards.setdefault((slot.made, slot.rank), {})[place] = memory
         if memory.file(index) != content(slot.made, slot.rank, slot.file_bytes):
@@ -269,6 +283,49 @@ class Checker:
                 if memory.file(index)[-len(expected) :] != expected:
                     self.complain(f"I5: the parity of {_name(slot.made)} on {host.label} is not that of its shards")
                 self.counts["sets checked"] += 1
+
+    def _judge_foster_parity(self, memory: Memory, index: int, slot: SlotInfo) -> None:
+        """R3. Of the product's description of a set only the grouping is believed, and held against the bytes."""
+        layout = parityset.read(memory.file(index)).layout
+        shape = tuple(tuple(one.rank for one in row) for row in layout.positions)
+        _, host = self._memory[memory.arena_id]
+        for rank in shape[slot.rank]:
+            places = self._shards.get((slot.made, rank), {})
+            if not any(self._memory[arena][1] is host for arena, _ in places):
+                self.complain(f"R3: {host.label} protects {_name(slot.made)} anew and lacks the shard of rank {rank}")
+        files = {rank: content(slot.made, rank, self._world.job.file_bytes(rank)) for row in shape for rank in row}
+        expected = parity_of(shape, layout.parity, slot.rank, files, memory.block_bytes)
+        if memory.file(index)[-len(expected) :] != expected:
+            self.complain(f"R3: the new parity of {_name(slot.made)} on {host.label} is not that of its shards")
+        self._shape_of[memory.arena_id, index] = shape
+        self._parity_of_shape[shape] = layout.parity
+        self.counts["foster sets checked"] += 1
+
+    def _protected_anew(self, made: Made, shape: Shape) -> None:
+        """Once every part of a new group is there, so many losses must be borne again."""
+        parity = self._parity_of_shape.get(shape)
+        ranks = sorted(rank for row in shape for rank in row)
+        for formation in list(self.formations.get(made, ())) if parity is not None else []:
+            for number, group in enumerate(formation):
+                if sorted(rank for row in group.shape for rank in row) != ranks or group.shape == shape:
+                    continue
+                anew = (*formation[:number], Group(shape, parity or 0), *formation[number + 1 :])
+                lost = self.lost(made, anew)
+                if any(part.group == number for part in lost):
+                    continue
+                if anew not in self.formations[made]:
+                    self.formations[made].append(anew)
+                self.counts["protected anew"] += 1
+                if self.duty is not None and (self.duty.made, self.duty.formation) == (made, formation):
+                    hit = {part for part in self.duty.hit if part.group != number}
+                    self.duty = Duty(made, anew, hit, self.duty.voted)
+
+    def published(self, said: Publish) -> None:
+        """R2."""
+        for one in said.held:
+            memory, _ = self._memory.get(one.arena, (None, None))
+            if memory is not None and memory.local_index in (FOSTER_INDEX, FOSTER_PARITY_INDEX):
+                self.complain(f"R2: a foster of step {one.snapshot.step} is published")
 
     def said(self, memory: Memory, word: str, value: int) -> None:
         """The daemon wrote a word for trainers and for later daemons."""
@@ -324,7 +381,7 @@ class Checker:
         known = self.formations.setdefault(made, [])
         if formation not in known:
             known.append(formation)
-        self.duty = Duty(made, formation, self.lost(made, formation))
+        self.duty = Duty(made, formation, self.lost(made, formation), formation)
         self.counts["commits"] += 1
 
     def _of(self, host: Host, rank: int, made: Made, found: Generation) -> Iterator[tuple[int, Memory]]:
@@ -343,7 +400,7 @@ class Checker:
     def _is_past_without(self, node: bytes, rank: int, made: Made, step: int) -> bool:
         for memory, host in self._memory.values():
             owner = memory.owner
-            if host.node != node or owner is None or owner.rank != rank or memory.local_index == PARITY_INDEX:
+            if host.node != node or owner is None or owner.rank != rank or memory.local_index in PLACES:
                 continue
             if memory.passed >= step and not any(
                 slot.made == made and (slot.state == _native.FILLING or self._is_good(memory, index))
@@ -354,7 +411,9 @@ class Checker:
 
     def _judge_empty(self, memory: Memory, index: int, slot: SlotInfo) -> None:
         """I1: why may this shard go?"""
-        if memory.local_index == PARITY_INDEX or not self._is_good_slot(memory, index, slot):
+        if memory.local_index == PARITY_INDEX:
+            self._judge_old_parity(memory, index, slot)
+        if memory.local_index in (PARITY_INDEX, FOSTER_PARITY_INDEX) or not self._is_good_slot(memory, index, slot):
             return
         owner = memory.owner
         newer = any(
@@ -370,6 +429,16 @@ class Checker:
                 f"I1: {host.label} empties {_name(slot.made)} of rank {slot.rank}, and nothing newer is committed, nor "
                 f"was it aborted"
             )
+
+    def _judge_old_parity(self, memory: Memory, index: int, slot: SlotInfo) -> None:
+        """R1: while nobody trains, no parity that the last commit was voted with goes, whatever else there is by
+        now."""
+        duty, shape = self.duty, self._shape_of.get((memory.arena_id, index))
+        nobody = self._world.job.run is None and duty is not None and slot.made == duty.made
+        voted = duty is not None and any(group.shape == shape for group in duty.voted)
+        if nobody and voted and self._is_good_slot(memory, index, slot):
+            _, host = self._memory[memory.arena_id]
+            self.complain(f"R1: {host.label} gives parity of {_name(slot.made)} up while the job waits")
 
     def _cannot_be_whole(self, memory: Memory, made: Made) -> bool:
         """Some rank is past it without it: what an abort says (a word in an arena tells of the newest abort only)."""
@@ -440,11 +509,31 @@ class Checker:
             return
         for formation in self.formations.get(duty.made, ()):
             if not self.lost(duty.made, formation):
-                self.duty = Duty(duty.made, formation)
+                self.duty = Duty(duty.made, formation, voted=duty.voted)
                 return
         if not duty.beyond(duty.hit) and not duty.bears(lost):
             self.complain(f"I3: of the committed {_name(duty.made)} the daemons lost {_parts(lost - duty.hit)}")
         duty.hit |= lost
+
+    def to_be_protected_anew(self, lose: Callable[[int], bool], who: int) -> bool:
+        """Have a machine lost that can be borne; True where the others can, and must, make that good: nothing is newer
+        than the last commit, and of some group all parts but that machine's stand where they belong, at least two of
+        data."""
+        duty = self.duty
+        whole = duty is not None and not self.lost(duty.made, duty.formation)
+        if duty is None or not lose(who):
+            return False
+        newest = all(_order(made) <= _order(duty.made) for (made, _), places in self._shards.items() if places)
+        lost = self.lost(duty.made, duty.formation)
+        hit = {part.group for part in lost if part.kind == "parity"}
+        groups = [(len(duty.formation[number].shape), duty.formation[number].parity) for number in hit]
+        return whole and newest and bool(groups) and all(nodes - parity >= 2 for nodes, parity in groups)
+
+    def is_protected(self) -> bool:
+        """Of the last commit every part of some grouping is there."""
+        duty = self.duty
+        known = self.formations.get(duty.made, ()) if duty is not None else ()
+        return duty is not None and any(not self.lost(duty.made, formation) for formation in known)
 
     # --- what is restored -------------------------------------------------------------------------
 
@@ -491,7 +580,7 @@ def _name(made: Made) -> str:
 
 
 def _kind(memory: Memory) -> str:
-    return "parity" if memory.local_index == PARITY_INDEX else "shard"
+    return PLACES.get(memory.local_index, "shard")
 
 
 def _parts(parts: Collection[Part]) -> str:

@@ -402,6 +402,7 @@ class Job:
         self.counts: Counter[str] = Counter()
         self.waiting: list[tuple[Host, Loop, asyncio.Future[Any]]] = []
         self.fresh = False
+        self.held_until_s = 0.0  # no machines can be had for it before
         self._failed = 0
         self.loop = Loop(world.queue, Life("the launcher"), world.delay_s, world.failed)
 
@@ -415,6 +416,9 @@ class Job:
     def launch(self) -> None:
         """Start the processes on the machines that are there; missing ones are replaced by new machines."""
         if self.run is not None:
+            return
+        if self.world.queue.now_s < self.held_until_s:
+            self.loop.call_later(0.1, self.launch)
             return
         if any(not host.up for host in self.world.living()) and self.world.chance.random() < 0.95:
             self.loop.call_later(0.1, self.launch)  # whoever launches it waits for its machines, mostly

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from snapshotd import _native, wire
-from snapshotd.arena import PARITY_INDEX, ArenaFile, read_owner
+from snapshotd.arena import PLACES, SLOTS, ArenaFile, read_owner
 from snapshotd.budget import Room
 from snapshotd.conduit import Conduit
 from snapshotd.config import DaemonConfig
@@ -31,13 +31,14 @@ from snapshotd.root import Damaged, Draft, LastDaemon, Root
 from snapshotd.session import ClientSession
 from snapshotd.streams import Stream, refused_by_peer
 from tests.sim.loop import Died, Life, Loop
-from tests.sim.memory import Arena, Memory, Owner
+from tests.sim.memory import Arena, Memory, Owner, SlotInfo
 
 if TYPE_CHECKING:
     from tests.sim.world import World
 
 _T = TypeVar("_T")
 ROOM_BYTES = 1 << 40
+REPROTECT_AFTER_S = 0.5  # in histories of a job that waits
 
 
 class Host:
@@ -48,6 +49,7 @@ class Host:
         self.node = world.chance.randbytes(16)
         self.address, self.streams = f"{label}:1", f"{label}:2"
         self.memory: dict[bytes, Memory] = {}
+        self.remembered: dict[str, bytes] = {}
         self.last = LastDaemon()
         self.daemon: SimDaemon | None = None
         self.lost = self.full = False
@@ -146,6 +148,14 @@ class SimRoot(Root):
     def write_down(self, me: LastDaemon) -> None:
         self._host.last = me
 
+    def recall(self, name: str) -> bytes:
+        return self._host.remembered.get(name, b"")
+
+    def remember(self, name: str, data: bytes) -> None:
+        """What a daemon does for jobs that wait; else it is as where the tmpfs has no room for it."""
+        if self._host.world.waits and not self._life.dead:
+            self._host.remembered[name] = data
+
     def draft(self, job: str, local_index: int, total_bytes: int) -> Draft:
         if self._host.full:
             raise NoRoom("the simulated memory is full", setting="the simulated memory")
@@ -155,12 +165,20 @@ class SimRoot(Root):
         pass
 
     def finish(
-        self, draft: Draft, *, job: str, local_index: int, slot_bytes: int, block_bytes: int, owner: dict[str, Any]
+        self,
+        draft: Draft,
+        *,
+        job: str,
+        local_index: int,
+        slot_bytes: int,
+        block_bytes: int,
+        owner: dict[str, Any],
+        slots: int = SLOTS,
     ) -> ArenaFile:
         world = self._host.world
         memory = Memory(
             draft.arena_id, job, local_index, slot_bytes, block_bytes, world.slot_changed, world.word_said,
-            owner=Owner(**owner),
+            [SlotInfo(index) for index in range(slots)], owner=Owner(**owner),
         )  # fmt: skip
         if not self._life.dead:
             self._host.memory[draft.arena_id] = memory
@@ -173,7 +191,7 @@ class SimRoot(Root):
     def _file(self, memory: Memory) -> ArenaFile:
         self._ordinal += 1
         world = self._host.world
-        between = None if memory.local_index == PARITY_INDEX else world.between_two_reads
+        between = None if memory.local_index in PLACES else world.between_two_reads
         native = cast(_native.Arena, Arena(memory, self._life, between))
         file = SimFile(
             memory.arena_id.hex(), -1, -1, -1, native, read_owner(native), self._ordinal, bell_fd=world.next_number()
@@ -204,6 +222,8 @@ class SimMesh:
     def send(self, address: str, message: OneWay) -> bool:
         if self.life.dead:
             return False
+        if isinstance(message, wire.Publish):
+            self.host.world.checker.published(message)
         self.host.world.post.send(self.host, address, wire.pack(message))
         return True
 
@@ -429,6 +449,7 @@ class SimDaemon(Daemon):
         config = DaemonConfig(
             node_id=label, listen=f"tcp://{label}:1", domain=domain, claim_wait_s=2.0, lease_s=10_000.0,
             shm_dir=Path("/simulated"), authenticate=False, rebuild_spread="no",
+            reprotect_after_s=REPROTECT_AFTER_S * host.world.waits,
         )  # fmt: skip
         super().__init__(config, host.world.clock)
         self.host, self.life, self.loop, self.open = host, life, loop, False

@@ -138,13 +138,12 @@ class Memory:
 class Arena:
     """A process's mapping of an arena."""
 
-    slots = 2
-
     def __init__(self, memory: Memory, life: Life, between: Callable[[Memory], None] | None = None) -> None:
         self.memory, self._life, self._between = memory, life, between
         self.arena_id, self.job, self.local_index = memory.arena_id, memory.job, memory.local_index
         self.slot_bytes, self.block_bytes = memory.slot_bytes, memory.block_bytes
-        self.total_bytes = _native.Arena.bytes_needed(2, memory.slot_bytes, memory.block_bytes)
+        self.slots = len(memory.slots)
+        self.total_bytes = _native.Arena.bytes_needed(self.slots, memory.slot_bytes, memory.block_bytes)
 
     def owner(self) -> Owner | None:
         return self.memory.owner

@@ -6,20 +6,23 @@ The simulation has to notice each of them. Those of `tests/unit/test_ledger_mach
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from snapshotd import geometry, recovery, wire
+from snapshotd import geometry, recovery, reprotect, wire
 from snapshotd.arena import ArenaFile
+from snapshotd.caretaker import Caretaker
 from snapshotd.door import Answer
 from snapshotd.generation import Generation, views
 from snapshotd.keeper import Keeper
 from snapshotd.ledger import Action, Ledger, Progress, SlotView
 from snapshotd.protect import Task
 from snapshotd.recovery import Choice
+from snapshotd.reprotect import MakeSet, Plan
 from snapshotd.session import ClientSession
-from snapshotd.wire import Inventory
+from snapshotd.wire import Inventory, SnapshotId
 from snapshotd.workshop import Workshop
 
 
@@ -112,3 +115,75 @@ def takes_the_wrong_position(patch: pytest.MonkeyPatch) -> None:
         return real(self, (position + 1) % self.n)
 
     patch.setattr(geometry.Stripes, "owned", wrong)
+
+
+# --- survivors of a job that waits ------------------------------------------------------------------------------------
+
+
+def gives_old_parity_up_for_the_new(patch: pytest.MonkeyPatch) -> None:
+    """Once its own set of the new group is whole, others may still have none."""
+    real = Caretaker._make
+
+    async def wrong(self: Caretaker, job: str, care: Any, plan: Plan, step: Any, *rest: Any) -> None:
+        await real(self, job, care, plan, step, *rest)
+        for generation in self._keeper.of_job(job) if isinstance(step, MakeSet) else []:
+            for file in generation.parity_files():
+                for view in views(file):
+                    if view.snapshot == plan.snapshot and not file.pins[view.index]:
+                        file.native.empty(view.index)
+
+    patch.setattr(Caretaker, "_make", wrong)
+
+
+def frees_what_it_made_when_a_recovery_begins(patch: pytest.MonkeyPatch) -> None:
+    """What is whole is the only protection there is after a second loss."""
+    real = Caretaker.give_up
+
+    def wrong(self: Caretaker, job: str) -> None:
+        real(self, job)
+        for file in self._fosters(job):
+            if not file.pinned:
+                self._keeper.free(file, "a recovery began")
+
+    patch.setattr(Caretaker, "give_up", wrong)
+
+
+def plans_by_whoever_looks(patch: pytest.MonkeyPatch) -> None:
+    """Each survivor puts itself first, and no two agree on a group."""
+    real = reprotect.plan_for
+
+    def wrong(snapshot: SnapshotId, committed: bool, base: Any, stands: Any) -> Plan | None:
+        turned = {node: stands[node] for node in sorted(stands, reverse=len(stands) % 2 == 0)}
+        made = real(snapshot, committed, base, turned)
+        if made is None:
+            return None
+        order = tuple(made.order[-1:] + made.order[:-1])
+        return replace(made, order=order)
+
+    patch.setattr(reprotect, "plan_for", wrong)
+
+
+def adopts_a_foster_that_is_half_made(patch: pytest.MonkeyPatch) -> None:
+    real = Keeper._adopt
+
+    def wrong(self: Keeper, file: ArenaFile, found: list[int]) -> None:
+        for view in views(file) if file.is_foster else []:
+            if view.progress is Progress.FILLING and not file.is_parity:
+                file.native.set_block_crcs(view.index, file.slot_bytes)
+                file.native.publish(view.index, file.slot_bytes)
+        real(self, file, found)
+
+    patch.setattr(Keeper, "_adopt", wrong)
+
+
+def publishes_fosters(patch: pytest.MonkeyPatch) -> None:
+    real = Generation.publication
+
+    def wrong(self: Generation, serial: int) -> wire.Publish:
+        held = [one for file in self.foster_files() if not file.is_parity for one in self._held(file.owner.rank, file)]
+        said = real(self, serial)
+        return wire.Publish(
+            **{**{name: getattr(said, name) for name in said.__struct_fields__}, "held": said.held + held}
+        )
+
+    patch.setattr(Generation, "publication", wrong)

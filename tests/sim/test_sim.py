@@ -20,6 +20,7 @@ from tests.unit.test_ledger_machine_bites import Plant
 
 ROOT = Path(__file__).parent.parent.parent
 SEEDS, AT_ONCE, SIZE = 500, 50, 0.3
+WAITING_SEEDS = 120
 PLANTED_SIZE, TRIES_MAX = 0.6, 150
 
 
@@ -28,6 +29,16 @@ def test_every_invariant_holds_after_every_event_of_every_history(first: int) ->
     for seed in range(first, first + AT_ONCE):
         history = play(seed, SIZE)
         assert not history.broken, report(history)
+
+
+@pytest.mark.parametrize("first", range(0, WAITING_SEEDS, AT_ONCE // 2))
+def test_every_invariant_holds_while_a_job_waits_and_its_survivors_protect_it_anew(first: int) -> None:
+    anew = 0
+    for seed in range(first, min(first + AT_ONCE // 2, WAITING_SEEDS)):
+        history = play(seed, SIZE, waits=True)
+        assert not history.broken, report(history)
+        anew += history.counts["protected anew"]
+    assert anew, "nothing of what this is about happened"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +109,23 @@ def test_the_simulation_finds_a_daemon_that(plant: Plant, seed: int, monkeypatch
 def test_a_long_history_finds_a_daemon_that(plant: Plant, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     assert any(play(one, 1.0).broken for one in itertools.chain([seed], range(TRIES_MAX)))
+
+
+@pytest.mark.parametrize(
+    ("plant", "seed"),
+    [
+        (planted.adopts_a_foster_that_is_half_made, 30),
+        (planted.frees_what_it_made_when_a_recovery_begins, 14),
+        (planted.plans_by_whoever_looks, 14),
+        (planted.gives_old_parity_up_for_the_new, 14),
+        (planted.publishes_fosters, 14),
+    ],
+)
+def test_a_history_of_a_job_that_waits_finds_a_daemon_that(
+    plant: Plant, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    assert any(play(one, SIZE, waits=True).broken for one in itertools.chain([seed], range(TRIES_MAX)))
 
 
 def test_a_failure_comes_with_a_command_and_fewer_faults(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ def _told(callback: Any) -> str:
 class World:
     """One history. `step` makes one event happen and has it judged."""
 
-    def __init__(self, seed: int, keep_trace: bool = False) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, keep_trace: bool = False, waits: bool = False) -> None:
+        self.seed, self.waits = seed, waits
         self.chance, self.luck = random.Random(f"{seed} world"), random.Random(f"{seed} luck")
         self.queue = Queue()
         self.clock = SimClock(self.queue)
