@@ -38,7 +38,7 @@ from snapshotd.wire import Holding, Inventory, SnapshotId
 
 LOOK_S = 10.0  # between two looks at a job that waits
 LOOKS_MIN = 2  # so often the same nodes are missed before anything is done
-PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)  # after failures in a row
+PAUSES_S = (1.0, 2.0, 5.0, 10.0)  # after failures in a row
 ROOM_PAUSE_S = 30.0
 log = logging.getLogger("snapshotd")
 

@@ -85,13 +85,16 @@ def assess(inventories: Iterable[Inventory], me: bytes) -> Finding:
     groups = [(group, stands) for group, stands in groups if me in stands and _recoverable(group, stands)]
     if not groups:
         return Finding(f"no parity of {choice.snapshot} tells of a group that this node is part of", choice.snapshot)
-    group, stands = max(groups, key=lambda one: margin(*one))  # of equals the first, by its digest
-    return _found(choice, group, stands)
+    held = {inventory.node: inventory for inventory in gathered}
+    margins = [margin(choice.snapshot, group.layout, stands, held) for group, stands in groups]
+    left = max(margins)
+    group, stands = groups[margins.index(left)]  # of equals the first, by its digest
+    return _found(choice, group, stands, left)
 
 
-def _found(choice: recovery.Choice, group: Group, stands: Mapping[bytes, int]) -> Finding:
+def _found(choice: recovery.Choice, group: Group, stands: Mapping[bytes, int], left: int) -> Finding:
     assert choice.snapshot is not None
-    count, left = len(group.layout.positions), margin(group, stands)
+    count = len(group.layout.positions)
     gone = count - len(stands)
     # Where nobody is gone the group is as it was, and what it lacks is for the next generation to make.
     lost = gone > 0 or group.is_foster
@@ -137,17 +140,17 @@ def standing(group: Group) -> dict[bytes, int]:
     return places
 
 
-def margin(group: Group, stands: Mapping[bytes, int]) -> int:
+def margin(
+    snapshot: SnapshotId, layout: GroupLayout, stands: Mapping[bytes, int], held: Mapping[bytes, Inventory]
+) -> int:
     """How many more nodes the group can lose, counting only positions of which one node has all there is: below 0, some
-    bytes hang on parts of positions, and nothing is promised."""
-    intact = sum(_is_intact(group, node, position) for node, position in stands.items())
-    return intact - geometry.stripes(group.layout).k
-
-
-def _is_intact(group: Group, node: bytes, position: int) -> bool:
-    parity = group.parities.get(position)
-    sources = [group.shards.get(shape.rank) for shape in group.layout.positions[position]]
-    return (parity is not None and parity.node == node) and all(one is not None and one.node == node for one in sources)
+    bytes hang on parts of positions, and nothing is promised. Whoever else has a part of it too does not matter."""
+    intact = sum(
+        _has_set(held[node], snapshot, layout, position)
+        and all(_shard_on(held[node], snapshot, shape) is not None for shape in layout.positions[position])
+        for node, position in stands.items()
+    )
+    return intact - geometry.stripes(layout).k
 
 
 def _recoverable(group: Group, stands: Mapping[bytes, int]) -> bool:
@@ -207,7 +210,7 @@ def next_step(plan: Plan, inventories: Iterable[Inventory], me: bytes) -> Step:
                 return Wait(f"a survivor is still to decode the shard of rank {shape.rank}")
             shards[shape.rank] = source
     position = plan.order.index(me)
-    if not has_set(held[me], plan, position):
+    if not _has_set(held[me], plan.snapshot, plan.layout, position):
         return MakeSet(position, shards)
     return Wait("the other survivors make their parity")
 
@@ -222,11 +225,9 @@ def _shard_on(inventory: Inventory | None, snapshot: SnapshotId, shape: ShardSha
     return None
 
 
-def has_set(inventory: Inventory, plan: Plan, position: int) -> bool:
-    """The node has the parity set of this position of the new group."""
+def _has_set(inventory: Inventory, snapshot: SnapshotId, layout: GroupLayout, position: int) -> bool:
     return any(
-        (one.snapshot, one.position, one.layout) == (plan.snapshot, position, plan.layout)
-        and one.progress in recovery.USABLE
+        (one.snapshot, one.position, one.layout) == (snapshot, position, layout) and one.progress in recovery.USABLE
         for one in inventory.parities
     )
 
