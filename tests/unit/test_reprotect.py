@@ -15,7 +15,7 @@ from snapshotd import geometry, recovery, reprotect
 from snapshotd.manifest import round_up
 from snapshotd.reprotect import MakeSet, MakeShard, Plan, Wait, assess, next_step, outlived
 from snapshotd.wire import GenerationId, GroupLayout, Inventory, ParityReport, Shard, ShardShape, SnapshotId
-from tests.unit.test_recovery import Ruin, bearable, cluster, generation, name, recoverable_plainly, snapshot
+from tests.unit.test_recovery import Cluster, Ruin, bearable, cluster, generation, name, recoverable_plainly, snapshot
 
 MADE = snapshot(7)
 replace = msgspec.structs.replace
@@ -198,7 +198,6 @@ def test_at_every_instant_a_recovery_finds_what_it_would_have_found_and_bears_no
 def test_who_saw_others_than_the_rest_for_a_while_has_wasted_memory_and_nothing_else(
     ruin: Ruin, chance: random.Random
 ) -> None:
-    """It was so: a shard that two survivors kept counted for one of them only, who was not the one of the plan."""
     if not with_survivors(ruin):
         return
     scene = survivors(ruin)
@@ -210,6 +209,17 @@ def test_who_saw_others_than_the_rest_for_a_while_has_wasted_memory_and_nothing_
     for node, plan in plans.items():
         found = assess(scene.inventories(), node)
         assert found.whole and found.losses_left >= plan.layout.parity
+
+
+def test_a_shard_that_two_survivors_keep_counts_where_the_plan_has_it() -> None:
+    """It counted for the one that was listed first, and the group never said that it was whole again."""
+    five = cluster(1, 1, 1, 1, 1, parity=2)
+    five = Cluster(five.ranks, five.groups, 2, {0: 40_000, 1: 60_000, 2: 80_000, 3: 80_000, 4: 30_000})
+    scene = Survivors({one.node: one for one in five.inventories(7, without=[name(1)])})
+    assert scene.act(name(0), unseen=[name(4)])
+    scene.finish(random.Random(0))
+    assert [node for node, one in scene.made if isinstance(one, Shard)] == [name(0), name(4)]
+    assert all(assess(scene.inventories(), node).whole for node in scene.found)
 
 
 @settings(max_examples=80, deadline=None)
