@@ -347,9 +347,10 @@ class Caretaker:
         cancelled: threading.Event,
     ) -> int:
         """On a worker's thread."""
-        shards = {rank: _holding(streams, source) for rank, source in plan.base.shards.items()}
-        parities = {at: _holding(streams, source) for at, source in plan.base.parities.items()}
-        job = rebuild.Job(file.job, plan.snapshot, step.shape.rank, plan.base.layout, shards, parities)
+        how = plan.missing[step.shape.rank]
+        shards = {rank: _holding(streams, source) for rank, source in how.shards.items()}
+        parities = {at: _holding(streams, source) for at, source in how.parities.items()}
+        job = rebuild.Job(file.job, plan.snapshot, step.shape.rank, how.layout, shards, parities)
         care.making = job
         fetch.regain(job, file.native, index, self._peers.tools, self._is_over(cancelled))
         return step.shape.file_bytes
@@ -396,8 +397,7 @@ def _claim(file: ArenaFile, plan: Plan, step: MakeShard | MakeSet) -> int:
     if isinstance(step, MakeSet):
         rank, world, fingerprint = step.position, len(plan.layout.positions), geometry.digest(plan.layout)
     else:
-        (world,) = {source.shard.world_size for source in plan.base.shards.values()}
-        rank, fingerprint = step.shape.rank, step.shape.fingerprint
+        rank, world, fingerprint = step.shape.rank, plan.world_size, step.shape.fingerprint
     return file.native.claim(
         generation=made_by.number, nonce=made_by.nonce, step=plan.snapshot.step, rank=rank, world_size=world,
         fingerprint=fingerprint,

@@ -19,18 +19,19 @@ from typing import TypeAlias
 
 from snapshotd import geometry, recovery
 from snapshotd.manifest import round_up
-from snapshotd.recovery import Group, Source
+from snapshotd.recovery import Group, Rebuilding, Source
 from snapshotd.wire import GenerationId, GroupLayout, Inventory, ShardShape, SnapshotId
 
 
 @dataclass(frozen=True)
 class Plan:
     """How survivors protect a snapshot anew. `order` are their ids by position in `layout`, `fosters` the lost shards
-    that each of them keeps, `base` the group that these are decoded from."""
+    that each of them keeps, `missing` how each of these comes back."""
 
     snapshot: SnapshotId
     committed: bool
-    base: Group
+    world_size: int
+    missing: Mapping[int, Rebuilding]
     order: tuple[bytes, ...]
     fosters: Mapping[bytes, tuple[ShardShape, ...]]
     layout: GroupLayout
@@ -39,7 +40,7 @@ class Plan:
 @dataclass(frozen=True)
 class Finding:
     """How well this node's group of the snapshot that would be restored is protected: `losses_left` more of its nodes
-    may be lost. `gone` of its positions have no node that answers. `plan` is None where nothing can be made better."""
+    may be lost. `gone` of them do not answer. `plan` is None where nothing can be made better."""
 
     why: str
     snapshot: SnapshotId | None = None
@@ -76,116 +77,104 @@ Step: TypeAlias = MakeShard | MakeSet | Wait
 
 def assess(inventories: Iterable[Inventory], me: bytes) -> Finding:
     """How what would be restored is protected in the group of this node, as far as these inventories tell."""
-    gathered = list(inventories)
-    hopeless = {one for inventory in gathered for one in inventory.hopeless}
-    choice = recovery.choose(gathered, excluded=hopeless)
+    held = {inventory.node: inventory for inventory in inventories}
+    hopeless = {one for inventory in held.values() for one in inventory.hopeless}
+    choice = recovery.choose(held.values(), excluded=hopeless)
     if choice.snapshot is None:
         return Finding(choice.why)
-    groups = [(group, standing(group)) for group in recovery.groups_of(gathered, choice.snapshot)]
-    groups = [(group, stands) for group, stands in groups if me in stands and _recoverable(group, stands)]
-    if not groups:
+    by_ranks: dict[tuple[int, ...], list[Group]] = {}
+    for group in recovery.groups_of(held.values(), choice.snapshot):
+        by_ranks.setdefault(tuple(sorted(_shapes(group.layout))), []).append(group)
+    found = [
+        _found(choice, groups, survivors, held)
+        for _, groups in sorted(by_ranks.items())
+        if me in (survivors := owners(groups))
+    ]
+    if not found:
         return Finding(f"no parity of {choice.snapshot} tells of a group that this node is part of", choice.snapshot)
-    held = {inventory.node: inventory for inventory in gathered}
-    margins = [margin(choice.snapshot, group.layout, stands, held) for group, stands in groups]
-    left = max(margins)
-    group, stands = groups[margins.index(left)]  # of equals the first, by its digest
-    return _found(choice, group, stands, left)
+    return max(found, key=lambda one: (one.losses_left, one.whole))  # it may be protected in two groupings
 
 
-def _found(choice: recovery.Choice, group: Group, stands: Mapping[bytes, int], left: int) -> Finding:
+def _found(
+    choice: recovery.Choice,
+    groups: Sequence[Group],
+    survivors: Mapping[bytes, Sequence[int]],
+    held: Mapping[bytes, Inventory],
+) -> Finding:
+    """Of groupings of the same ranks: the one before the loss, and those that survivors made since."""
     assert choice.snapshot is not None
-    count = len(group.layout.positions)
-    gone = count - len(stands)
-    # Where nobody is gone the group is as it was, and what it lacks is for the next generation to make.
-    lost = gone > 0 or group.is_foster
-    again = plan_for(choice.snapshot, choice.committed, group, stands) if lost else None
-    target = again.layout.parity if again is not None else 0
+    snapshot, layouts = choice.snapshot, [group.layout for group in groups]
+    margins = [margin(snapshot, layout, held) for layout in layouts]
+    left, best = max(margins), layouts[margins.index(max(margins))]
+    count, target = max(len(one.positions) for one in layouts), max(one.parity for one in layouts)
+    target = geometry.parity_for(target, len(survivors))
+    gone = max(0, count - len(survivors))
     more = f"{max(0, left)} more lost {'node' if left == 1 else 'nodes'} can be rebuilt"
-    if not gone and left >= group.layout.parity:
-        return Finding(
-            f"all {count} nodes of its group protect {choice.snapshot}: {more}", choice.snapshot, 0, left, True
-        )
-    what = (
-        f"of the {count} nodes of its group {gone} {'is' if gone == 1 else 'are'} gone" if gone else "some parity lacks"
-    )
-    if not lost:
-        return Finding(f"{what}: {more}", choice.snapshot, 0, max(0, left))
-    if again is None or target <= left:
-        why = f"{what}, and the others are too few to protect {choice.snapshot} better: {more}"
-        return Finding(why, choice.snapshot, gone, max(0, left))
-    return Finding(f"{what}: {more}", choice.snapshot, gone, max(0, left), plan=again)
+    if left >= max(1, target):
+        why = f"all {len(best.positions)} nodes of its group protect {snapshot}: {more}"
+        return Finding(why, snapshot, gone, left, whole=True)
+    what = f"of the {count} nodes of its group {gone} {'is' if gone == 1 else 'are'} gone" if gone else "parity lacks"
+    lost = choice.missing.keys() & _shapes(best).keys()
+    if not lost:  # the group is as it was, and what it lacks is for the next generation to make
+        return Finding(f"{what}: {more}", snapshot, gone, max(0, left))
+    if target <= left or not target:
+        why = f"{what}, and the others are too few to protect {snapshot} better: {more}"
+        return Finding(why, snapshot, gone, max(0, left))
+    plan = plan_for(choice, _shapes(best), survivors, target)
+    return Finding(f"{what}: {more}", snapshot, gone, max(0, left), plan=plan)
 
 
-# --- who stands where, and what that is worth -------------------------------------------------------------------------
+# --- who has what, and what that is worth -----------------------------------------------------------------------------
 
 
-def standing(group: Group) -> dict[bytes, int]:
-    """The position of each node that has a part of this group: that of its parity set, else that of its ranks' own
-    shards.
-
-    A foster shard says nothing, since whoever keeps it stands elsewhere; a node stands once, and so does a position.
-    """
-    places: dict[bytes, int] = {}
-    for position, parity in sorted(group.parities.items()):
-        places.setdefault(parity.node, position)
-    by_shards: dict[bytes, set[int]] = {}
-    for position, shapes in enumerate(group.layout.positions):
-        for shape in shapes:
-            source = group.shards.get(shape.rank)
-            if source is not None and not source.shard.foster:
-                by_shards.setdefault(source.node, set()).add(position)
-    for node, stands in sorted(by_shards.items()):
-        if node not in places and len(stands) == 1 and not stands & set(places.values()):
-            (places[node],) = stands
-    return places
+def _shapes(layout: GroupLayout) -> dict[int, ShardShape]:
+    return {shape.rank: shape for shapes in layout.positions for shape in shapes}
 
 
-def margin(
-    snapshot: SnapshotId, layout: GroupLayout, stands: Mapping[bytes, int], held: Mapping[bytes, Inventory]
-) -> int:
-    """How many more nodes the group can lose, counting only positions of which one node has all there is: below 0, some
+def owners(groups: Sequence[Group]) -> dict[bytes, list[int]]:
+    """The nodes of a group with the ranks of which they have the shards themselves. Fosters do not make an owner."""
+    found: dict[bytes, list[int]] = {}
+    for rank in sorted(_shapes(groups[0].layout)):
+        sources = [group.shards[rank] for group in groups if rank in group.shards]
+        own = [source for source in sources if not source.shard.foster]
+        if own:
+            found.setdefault(own[0].node, []).append(rank)
+    return found
+
+
+def margin(snapshot: SnapshotId, layout: GroupLayout, held: Mapping[bytes, Inventory]) -> int:
+    """How many more nodes a group can lose, counting only positions of which one node has all there is: below 0, some
     bytes hang on parts of positions, and nothing is promised. Whoever else has a part of it too does not matter."""
-    intact = sum(
-        _has_set(held[node], snapshot, layout, position)
-        and all(_shard_on(held[node], snapshot, shape) is not None for shape in layout.positions[position])
-        for node, position in stands.items()
-    )
-    return intact - geometry.stripes(layout).k
-
-
-def _recoverable(group: Group, stands: Mapping[bytes, int]) -> bool:
-    """Every shard of a position without a node can be decoded from this group, or is there."""
-    k, taken = geometry.stripes(group.layout).k, set(stands.values())
-    return all(
-        shape.rank in group.shards or group.left_for(position, index) >= k
-        for position, shapes in enumerate(group.layout.positions)
-        if position not in taken
-        for index, shape in enumerate(shapes)
-    )
+    intact: dict[bytes, int] = {}
+    for position, shapes in enumerate(layout.positions):
+        for node, inventory in sorted(held.items()):
+            has_all = all(_shard_on(inventory, snapshot, shape) is not None for shape in shapes)
+            if node not in intact and has_all and _has_set(inventory, snapshot, layout, position):
+                intact[node] = position
+                break
+    return len(intact) - geometry.stripes(layout).k
 
 
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def plan_for(snapshot: SnapshotId, committed: bool, base: Group, stands: Mapping[bytes, int]) -> Plan | None:
+def plan_for(
+    choice: recovery.Choice, shapes: Mapping[int, ShardShape], survivors: Mapping[bytes, Sequence[int]], parity: int
+) -> Plan:
     """Lost shards go whole to the survivors, the longest first, each to the one that has the fewest bytes by then; the
-    survivors stand in the order of their ids and keep as much parity as before, or what their number allows.
-
-    None where that leaves no parity at all.
-    """
-    layout, order = base.layout, tuple(sorted(stands))
-    parity = geometry.parity_for(layout.parity, len(order))
-    if not parity:
-        return None
-    own = {node: list(layout.positions[stands[node]]) for node in order}
-    lost = [shape for at, shapes in enumerate(layout.positions) if at not in stands.values() for shape in shapes]
+    survivors stand in the order of their ids."""
+    assert choice.snapshot is not None
+    order, unit = tuple(sorted(survivors)), max(shape.block_bytes for shape in shapes.values())
+    own = {node: [shapes[rank] for rank in survivors[node]] for node in order}
+    lost = [shapes[rank] for rank in sorted(choice.missing.keys() & shapes.keys())]
     fosters: dict[bytes, list[ShardShape]] = {node: [] for node in order}
     for shape in sorted(lost, key=lambda one: (-one.file_bytes, one.rank)):
-        node = min(order, key=lambda one: (_bytes(own[one] + fosters[one], layout.unit_bytes), one))
+        node = min(order, key=lambda one: (_bytes(own[one] + fosters[one], unit), one))
         fosters[node].append(shape)
     positions = [sorted(own[node] + fosters[node], key=lambda one: one.rank) for node in order]
-    kept = {node: tuple(sorted(shapes, key=lambda one: one.rank)) for node, shapes in fosters.items() if shapes}
-    return Plan(snapshot, committed, base, order, kept, geometry.lay_out(positions, parity))
+    kept = {node: tuple(sorted(some, key=lambda one: one.rank)) for node, some in fosters.items() if some}
+    layout = geometry.lay_out(positions, parity)
+    return Plan(choice.snapshot, choice.committed, choice.world_size, choice.missing, order, kept, layout)
 
 
 def _bytes(shapes: Sequence[ShardShape], unit: int) -> int:

@@ -8,6 +8,7 @@ allowed.
 from __future__ import annotations
 
 import os
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,14 @@ def becomes(scene: Nodes, state: str, *numbers: int) -> None:
 
 
 def protected_by(scene: Nodes, *members: int, losses: int = 1) -> None:
-    """Wait until each of these nodes says that they, and no others, protect the job's snapshot from so many losses."""
+    """Wait until each of these nodes says that they, or some of them (who did not see the rest for a while), protect
+    the job's snapshot from so many losses, and that nobody else is counted on any more."""
 
     def says_so(number: int) -> bool:
         found = protection(scene, number)
-        by_all = f"all {len(members)} nodes of its group" in found["why"]
-        return found["state"] == "protected" and by_all and found["losses_left"] == losses
+        counted_on = re.match(r"all (\d+) nodes of its group", found["why"])
+        by_these = counted_on is not None and int(counted_on[1]) <= len(members)
+        return found["state"] == "protected" and by_these and found["losses_left"] == losses
 
     for number in members:
         until(partial(says_so, number), f"node {number} protecting it with {len(members) - 1} others", PATIENCE_S)

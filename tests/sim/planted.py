@@ -22,7 +22,7 @@ from snapshotd.protect import Task
 from snapshotd.recovery import Choice
 from snapshotd.reprotect import MakeSet, Plan
 from snapshotd.session import ClientSession
-from snapshotd.wire import Inventory, SnapshotId
+from snapshotd.wire import Inventory
 from snapshotd.workshop import Workshop
 
 
@@ -152,13 +152,9 @@ def plans_by_whoever_looks(patch: pytest.MonkeyPatch) -> None:
     """Each survivor puts itself first, and no two agree on a group."""
     real = reprotect.plan_for
 
-    def wrong(snapshot: SnapshotId, committed: bool, base: Any, stands: Any) -> Plan | None:
-        turned = {node: stands[node] for node in sorted(stands, reverse=len(stands) % 2 == 0)}
-        made = real(snapshot, committed, base, turned)
-        if made is None:
-            return None
-        order = tuple(made.order[-1:] + made.order[:-1])
-        return replace(made, order=order)
+    def wrong(choice: Choice, shapes: Any, survivors: Any, parity: int) -> Plan:
+        made = real(choice, shapes, survivors, parity)
+        return replace(made, order=(*made.order[-1:], *made.order[:-1]))
 
     patch.setattr(reprotect, "plan_for", wrong)
 

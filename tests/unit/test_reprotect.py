@@ -11,11 +11,21 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from snapshotd import geometry, recovery, reprotect
+from snapshotd import recovery
 from snapshotd.manifest import round_up
 from snapshotd.reprotect import MakeSet, MakeShard, Plan, Wait, assess, next_step, outlived
 from snapshotd.wire import GenerationId, GroupLayout, Inventory, ParityReport, Shard, ShardShape, SnapshotId
-from tests.unit.test_recovery import Cluster, Ruin, bearable, cluster, generation, name, recoverable_plainly, snapshot
+from tests.unit.test_recovery import (
+    Cluster,
+    Ruin,
+    bearable,
+    cluster,
+    comes_back_plainly,
+    generation,
+    name,
+    recoverable_plainly,
+    snapshot,
+)
 
 MADE = snapshot(7)
 replace = msgspec.structs.replace
@@ -80,10 +90,8 @@ class Survivors:
 
 
 def can_be_decoded(plan: Plan, rank: int) -> bool:
-    layout = plan.base.layout
-    places = [(at, i) for at, row in enumerate(layout.positions) for i, one in enumerate(row) if one.rank == rank]
-    k = geometry.stripes(layout).k
-    return all(plan.base.left_for(at, i) >= k or rank in plan.base.shards for at, i in places)
+    how = plan.missing[rank]
+    return rank in how.shards or comes_back_plainly(how.layout, rank, how.shards.keys(), how.parities.keys())
 
 
 def survivors(ruin: Ruin) -> Survivors:
@@ -129,8 +137,9 @@ def test_every_survivor_makes_the_plan_of_the_plain_twin(ruin: Ruin) -> None:
         plan = scene.plan(node)
         if plan is None:
             continue
-        stands = reprotect.standing(plan.base)
-        keeps, rows, parity = dealt_plainly(plan.base.layout, stands)
+        group = next(one for one in ruin.of.groups if node in one)
+        stands = {one: position for position, one in enumerate(group) if one in scene.found}
+        keeps, rows, parity = dealt_plainly(ruin.of.layout(group), stands)
         assert {one: [shape.rank for shape in shapes] for one, shapes in plan.fosters.items()} == {
             one: sorted(ranks) for one, ranks in keeps.items() if ranks
         }
