@@ -436,7 +436,8 @@ class Checker:
         duty, shape = self.duty, self._shape_of.get((memory.arena_id, index))
         nobody = self._world.job.run is None and duty is not None and slot.made == duty.made
         voted = duty is not None and any(group.shape == shape for group in duty.voted)
-        if nobody and voted and self._is_good_slot(memory, index, slot):
+        twin = shape is not None and len(self._sets.get((slot.made, shape, slot.rank), {})) > 1
+        if nobody and voted and not twin and self._is_good_slot(memory, index, slot):
             _, host = self._memory[memory.arena_id]
             self.complain(f"R1: {host.label} gives parity of {_name(slot.made)} up while the job waits")
 
