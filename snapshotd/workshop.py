@@ -296,6 +296,7 @@ class Workshop:
 
         What nobody holds; what is newer than the restored snapshot and so was not whole; the snapshot's own set of a
         grouping that did not commit it; what is older, where a mark says that this one is committed; its other sets.
+        Of two sets of a restored snapshot that cannot be voted one stays.
         """
         held = {view.snapshot for file in generation.rank_files() for view in views(file)}
         made, wanted = view.snapshot, task.snapshot
@@ -303,6 +304,9 @@ class Workshop:
             return 0
         if made == wanted:  # the grouping that committed it marked its set
             return 3 if view.progress is Progress.COMMITTED else 1
+        if made == generation.restored and generation.ledger.has_aborted(made.step):
+            of_both = [one for file in generation.parity_files() for one in views(file) if one.snapshot == made]
+            return (3 if view.progress is Progress.COMMITTED else 1) if len(of_both) > 1 else None
         if wanted != generation.restored or made.generation == generation.identity:
             return None
         if (made.generation.number, made.step) > (wanted.generation.number, wanted.step):
