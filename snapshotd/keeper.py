@@ -154,6 +154,8 @@ class Keeper:
 
     def ring(self, file: ArenaFile) -> None:
         """A trainer rang: something in its arena changed."""
+        if file.gone:
+            return  # freed while the ring was on its way
         file.silence_bell()
         self.look(self.generation_of(file))
 
