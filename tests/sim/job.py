@@ -194,6 +194,8 @@ class Run:
             if not attempt:
                 self.world.checker.chosen(choice.snapshot, choice.lost, seen, excluded)
             if choice.snapshot is None:
+                # As in the client: what an earlier attempt would have gone on from gives nobody an arena.
+                self.assignments, self.groups = {}, agree.grouping(self.nodes, inventories, self.group_size, None)
                 self.world.job.begins_afresh(choice.lost)
                 return
             if choice.world_size != self.world_size:
