@@ -212,7 +212,7 @@ class Workshop:
     async def _make(self, generation: Generation, task: protect.Task, making: _Making) -> tuple[ArenaFile, int] | None:
         """A new set in a free slot, and where; None where none is free until something newer is committed."""
         file = await self._arena(generation, task.layout)
-        self._free_misfits(generation, task)
+        self._free_misfits(generation, task, file)
         if making.cancelled.is_set() or file.gone:
             raise Cancelled
         made_by = task.snapshot.generation
@@ -257,9 +257,13 @@ class Workshop:
     async def _arena(self, generation: Generation, layout: GroupLayout) -> ArenaFile:
         """The parity arena of a generation that a set of this layout fits; made now where there is none. NoRoom."""
         needed = parityset.file_bytes(layout)
-        for file in reversed(generation.parity_files()):
-            if file.slot_bytes >= needed and file.block_bytes == layout.unit_bytes:
-                return file
+        fitting = [
+            file
+            for file in generation.parity_files()
+            if file.slot_bytes >= needed and file.block_bytes == layout.unit_bytes
+        ]
+        if fitting:
+            return max(reversed(fitting), key=_has_room)
         total = _native.Arena.bytes_needed(SLOTS, needed, layout.unit_bytes)
         budget.check(total, self._rooms())
         draft = self._keeper.root.draft(generation.job, PARITY_INDEX, total)
@@ -277,17 +281,16 @@ class Workshop:
         finally:
             self._drafts.remove(draft)
 
-    def _free_misfits(self, generation: Generation, task: protect.Task) -> None:
+    def _free_misfits(self, generation: Generation, task: protect.Task, file: ArenaFile) -> None:
         """A restored snapshot may come with a set that its new group has no use for. It is all the protection there is
         until every node has the right one, so it stays where there is a slot for both (`_free_outdated`). Where both
-        slots are taken, what is of the least use goes."""
-        files = generation.parity_files()
-        if any(file.native.slot(i).state == _native.EMPTY for file in files for i in range(file.native.slots)):
+        slots of the arena that a new set is to lie in are taken, what is of the least use there goes."""
+        if _has_room(file):
             return
-        sets = [(file, view) for file in files for view in views(file) if not file.pins[view.index]]
-        whole = [(file, view) for file, view in sets if view.progress is not Progress.FILLING]
-        ranked = [(rank, file, view) for file, view in whole if (rank := self._use(generation, task, view)) is not None]
-        for _, file, view in sorted(ranked, key=lambda one: one[0])[:1]:
+        sets = [view for view in views(file) if not file.pins[view.index]]
+        whole = [view for view in sets if view.progress is not Progress.FILLING]
+        ranked = [(rank, view) for view in whole if (rank := self._use(generation, task, view)) is not None]
+        for _, view in sorted(ranked, key=lambda one: one[0])[:1]:
             file.quarantined.pop(view.index, None)
             file.native.empty(view.index)
 
@@ -461,3 +464,7 @@ class Workshop:
             state.failure,
             wire.clip(state.why),
         )
+
+
+def _has_room(file: ArenaFile) -> bool:
+    return any(file.native.slot(index).state == _native.EMPTY for index in range(file.native.slots))

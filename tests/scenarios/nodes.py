@@ -484,7 +484,7 @@ class Cluster:
             return f"{_short(made)} is not there any more"
         task = protect.Task(JOB, made, layout, current.cohort.position, {})
         file = self._parity_file(label, parityset.file_bytes(layout))
-        self.workshop._free_misfits(current, task)
+        self.workshop._free_misfits(current, task, file)
         index = file.native.claim(
             generation=made.generation.number, nonce=made.generation.nonce, step=made.step, rank=task.position,
             world_size=len(layout.positions), fingerprint=geometry.digest(layout),
