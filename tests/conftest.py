@@ -25,7 +25,7 @@ import pytest
 
 SHM = Path("/dev/shm")
 MARK = "TEST_SESSION_OF_SNAPSHOTD"
-PATIENCE_MAX_S = 60.0
+PATIENCE_MAX_S = 10.0
 # Helpers of the multiprocessing module: they end with the process that they help.
 HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
