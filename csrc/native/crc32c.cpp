@@ -93,6 +93,15 @@ inline uint64_t load64(const unsigned char* p) {
     return value;
 }
 
+// A page ahead, since the hardware's own prefetching stops where a page ends: on memory that is in no cache a tenth
+// faster, and twice as fast where several places of a page are read side by side. Prefetching faults nowhere.
+constexpr size_t kAhead = 4096;
+
+template <size_t bytes>
+inline void prefetch_lines(const unsigned char* p) {
+    for (size_t at = 0; at < bytes; at += 64) _mm_prefetch(reinterpret_cast<const char*>(p + at), _MM_HINT_T0);
+}
+
 #define SNAPSHOTD_SSE42 __attribute__((target("sse4.2,pclmul")))
 
 SNAPSHOTD_SSE42 inline uint32_t extend_words(uint32_t state, const unsigned char* p, size_t bytes) {
@@ -113,12 +122,13 @@ SNAPSHOTD_SSE42 inline uint32_t shift(uint32_t state, uint32_t factor) {
 }
 
 // The instruction takes three cycles and one can start in each: three independent thirds keep it busy.
-template <size_t third>
+template <size_t third, bool far>
 SNAPSHOTD_SSE42 inline uint32_t extend_three(uint32_t state, const unsigned char* p) {
     constexpr uint32_t over_one = x_to_the(8 * third - 33);
     constexpr uint32_t over_two = x_to_the(16 * third - 33);
     uint64_t a = state, b = 0, c = 0;
     for (size_t i = 0; i < third; i += 8) {
+        if (far && i % 64 == 0) prefetch_lines<192>(p + kAhead + 3 * i);
         a = _mm_crc32_u64(a, load64(p + i));
         b = _mm_crc32_u64(b, load64(p + third + i));
         c = _mm_crc32_u64(c, load64(p + 2 * third + i));
@@ -130,8 +140,8 @@ SNAPSHOTD_SSE42 inline uint32_t extend_three(uint32_t state, const unsigned char
 SNAPSHOTD_SSE42 uint32_t extend_sse42(uint32_t state, const void* data, size_t bytes) {
     constexpr size_t large = 1360, small = 168;  // three large ones just fit into the copy engine's 4 KiB piece
     auto* p = static_cast<const unsigned char*>(data);
-    for (; bytes >= 3 * large; p += 3 * large, bytes -= 3 * large) state = extend_three<large>(state, p);
-    for (; bytes >= 3 * small; p += 3 * small, bytes -= 3 * small) state = extend_three<small>(state, p);
+    for (; bytes >= 3 * large; p += 3 * large, bytes -= 3 * large) state = extend_three<large, true>(state, p);
+    for (; bytes >= 3 * small; p += 3 * small, bytes -= 3 * small) state = extend_three<small, false>(state, p);
     return extend_words(state, p, bytes);
 }
 
@@ -139,12 +149,89 @@ bool supports_sse42() {
     return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("pclmul");
 }
 
-#define SNAPSHOTD_VPCLMUL __attribute__((target("sse4.2,pclmul,avx512f,avx512vl,vpclmulqdq")))
-
 // Folding moves each 128-bit lane `bits` further along the message, modulo the polynomial. In reflected order the
 // low quadword is the high-degree half, and a carry-less product of 64-bit values comes out multiplied by x.
 #define SNAPSHOTD_FOLD_LOW(bits) static_cast<long long>(uint64_t{x_to_the((bits) + 63)} << 32)
 #define SNAPSHOTD_FOLD_HIGH(bits) static_cast<long long>(uint64_t{x_to_the((bits) - 1)} << 32)
+
+template <unsigned bits>
+SNAPSHOTD_SSE42 inline __m128i fold_lane(__m128i value, __m128i onto) {
+    constexpr long long low = SNAPSHOTD_FOLD_LOW(bits), high = SNAPSHOTD_FOLD_HIGH(bits);
+    const __m128i k = _mm_set_epi64x(high, low);
+    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(value, k, 0x00), _mm_clmulepi64_si128(value, k, 0x11)),
+                         onto);
+}
+
+// The register after the 16 bytes of `lane`, with an empty one before them.
+SNAPSHOTD_SSE42 inline uint32_t reduce_lane(__m128i lane) {
+    uint64_t wide = _mm_crc32_u64(0, static_cast<uint64_t>(_mm_extract_epi64(lane, 0)));
+    return static_cast<uint32_t>(_mm_crc32_u64(wide, static_cast<uint64_t>(_mm_extract_epi64(lane, 1))));
+}
+
+// --- a page at a time: its first half is folded in vectors while three instructions' chains take the other half
+
+#define SNAPSHOTD_AVX2 __attribute__((target("sse4.2,pclmul,avx2,vpclmulqdq")))
+
+template <unsigned bits>
+SNAPSHOTD_AVX2 inline __m256i fold(__m256i value, const unsigned char* next) {
+    constexpr long long low = SNAPSHOTD_FOLD_LOW(bits), high = SNAPSHOTD_FOLD_HIGH(bits);
+    const __m256i k = _mm256_set_epi64x(high, low, high, low);
+    return _mm256_xor_si256(
+        _mm256_xor_si256(_mm256_clmulepi64_epi128(value, k, 0x00), _mm256_clmulepi64_epi128(value, k, 0x11)),
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(next)));
+}
+
+// Both units take 128 bytes in 16 cycles, about: 17 rows of four vectors, and beside all but the first of them five
+// words of each chain, are a page.
+constexpr size_t kPage = 4096, kRow = 128, kRows = 17, kWords = 5, kChain = 8 * kWords * (kRows - 1);
+static_assert(kRow * kRows + 3 * kChain == kPage && kPage == kAhead);
+
+SNAPSHOTD_AVX2 inline uint32_t extend_page(uint32_t state, const unsigned char* p) {
+    const unsigned char *q = p + kRow * kRows, *ahead = p + kAhead;
+    const __m256i* first = reinterpret_cast<const __m256i*>(p);
+    __m256i a =
+        _mm256_xor_si256(_mm256_loadu_si256(first), _mm256_zextsi128_si256(_mm_cvtsi32_si128(static_cast<int>(state))));
+    __m256i b = _mm256_loadu_si256(first + 1), c = _mm256_loadu_si256(first + 2), d = _mm256_loadu_si256(first + 3);
+    uint64_t x = 0, y = 0, z = 0;
+    for (size_t row = 1; row < kRows; ++row, q += 8 * kWords, ahead += kPage / (kRows - 1)) {
+        prefetch_lines<kPage / (kRows - 1)>(ahead);
+        p += kRow;
+        a = fold<8 * kRow>(a, p);
+        b = fold<8 * kRow>(b, p + 32);
+        c = fold<8 * kRow>(c, p + 64);
+        d = fold<8 * kRow>(d, p + 96);
+#pragma GCC unroll 5
+        for (size_t word = 0; word < kWords; ++word) {
+            x = _mm_crc32_u64(x, load64(q + 8 * word));
+            y = _mm_crc32_u64(y, load64(q + 8 * word + kChain));
+            z = _mm_crc32_u64(z, load64(q + 8 * word + 2 * kChain));
+        }
+    }
+    const __m256i rows[] = {a, b, c, d};
+    __m128i lane = _mm256_castsi256_si128(a);
+    for (unsigned half = 1; half < 8; ++half) {
+        lane = fold_lane<128>(
+            lane, half % 2 ? _mm256_extracti128_si256(rows[half / 2], 1) : _mm256_castsi256_si128(rows[half / 2]));
+    }
+    constexpr uint32_t over_one = x_to_the(8 * kChain - 33), over_two = x_to_the(8 * 2 * kChain - 33),
+                       over_three = x_to_the(8 * 3 * kChain - 33);
+    return shift(reduce_lane(lane), over_three) ^ shift(static_cast<uint32_t>(x), over_two) ^
+           shift(static_cast<uint32_t>(y), over_one) ^ static_cast<uint32_t>(z);
+}
+
+SNAPSHOTD_AVX2 uint32_t extend_avx2(uint32_t state, const void* data, size_t bytes) {
+    auto* p = static_cast<const unsigned char*>(data);
+    for (; bytes >= kPage; p += kPage, bytes -= kPage) state = extend_page(state, p);
+    return extend_sse42(state, p, bytes);
+}
+
+bool supports_avx2() {
+    return supports_sse42() && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("vpclmulqdq");
+}
+
+// --- with AVX-512
+
+#define SNAPSHOTD_VPCLMUL __attribute__((target("sse4.2,pclmul,avx512f,avx512vl,vpclmulqdq")))
 
 template <unsigned bits>
 SNAPSHOTD_VPCLMUL inline __m512i fold(__m512i value, __m512i onto) {
@@ -154,29 +241,11 @@ SNAPSHOTD_VPCLMUL inline __m512i fold(__m512i value, __m512i onto) {
                                      onto, 0x96);
 }
 
-template <unsigned bits>
-SNAPSHOTD_VPCLMUL inline __m128i fold_lane(__m128i value, __m128i onto) {
-    constexpr long long low = SNAPSHOTD_FOLD_LOW(bits), high = SNAPSHOTD_FOLD_HIGH(bits);
-    const __m128i k = _mm_set_epi64x(high, low);
-    return _mm_xor_si128(_mm_xor_si128(_mm_clmulepi64_si128(value, k, 0x00), _mm_clmulepi64_si128(value, k, 0x11)),
-                         onto);
-}
-
-// A page ahead, since the hardware's own prefetching stops where a page ends. A tenth faster on memory that is in no
-// cache.
-constexpr size_t kAhead = 4096;
-
-inline void prefetch_lines(const unsigned char* p) {
-    for (size_t at = 0; at < 256; at += 64) _mm_prefetch(reinterpret_cast<const char*>(p + at), _MM_HINT_T0);
-}
-
 // The register after the 64 bytes of `a`, with an empty one before them.
 SNAPSHOTD_VPCLMUL inline uint32_t reduce(__m512i a) {
     alignas(64) __m128i lanes[4];
     _mm512_store_si512(lanes, a);
-    __m128i lane = fold_lane<128>(fold_lane<128>(fold_lane<128>(lanes[0], lanes[1]), lanes[2]), lanes[3]);
-    uint64_t wide = _mm_crc32_u64(0, static_cast<uint64_t>(_mm_extract_epi64(lane, 0)));
-    return static_cast<uint32_t>(_mm_crc32_u64(wide, static_cast<uint64_t>(_mm_extract_epi64(lane, 1))));
+    return reduce_lane(fold_lane<128>(fold_lane<128>(fold_lane<128>(lanes[0], lanes[1]), lanes[2]), lanes[3]));
 }
 
 SNAPSHOTD_VPCLMUL uint32_t extend_vpclmul(uint32_t state, const void* data, size_t bytes) {
@@ -186,7 +255,7 @@ SNAPSHOTD_VPCLMUL uint32_t extend_vpclmul(uint32_t state, const void* data, size
         _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
     __m512i b = _mm512_loadu_si512(p + 64), c = _mm512_loadu_si512(p + 128), d = _mm512_loadu_si512(p + 192);
     for (p += 256, bytes -= 256; bytes >= 256; p += 256, bytes -= 256) {
-        if (bytes >= 256 + kAhead) prefetch_lines(p + kAhead);
+        if (bytes >= 256 + kAhead) prefetch_lines<256>(p + kAhead);
         a = fold<2048>(a, _mm512_loadu_si512(p));
         b = fold<2048>(b, _mm512_loadu_si512(p + 64));
         c = fold<2048>(c, _mm512_loadu_si512(p + 128));
@@ -280,6 +349,7 @@ bool supports_arm() {
 constexpr CrcTier kTiers[] = {
 #if defined(__x86_64__)
     {"vpclmul", supports_vpclmul, extend_vpclmul},
+    {"avx2", supports_avx2, extend_avx2},
     {"sse42", supports_sse42, extend_sse42},
 #elif defined(__aarch64__) && defined(__linux__)
     {"arm", supports_arm, extend_arm},
