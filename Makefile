@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/rebuild.py --check
 	$(BIN)/python benchmarks/secure.py --check
 	$(BIN)/python benchmarks/commits.py --check
+	$(BIN)/python benchmarks/adopt.py --check
 	$(BIN)/python benchmarks/spread.py --check
 	$(BIN)/python benchmarks/codec.py --check
 

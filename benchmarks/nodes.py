@@ -64,10 +64,19 @@ class Node:
         folder.mkdir(mode=0o700)
         self.folder, self.memory, self.cores = folder, memory or folder / "memory", cores
         self.socket, self.log = folder / "socket", folder / "daemon.log"
-        command = [*within, sys.executable, "-m", "snapshotd", "serve", "--socket", str(self.socket)]
-        command += ["--shm-dir", str(self.memory), "--node-id", label, *flags]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=pinned_to(cores), cwd=ROOT)
+        self._command = [*within, sys.executable, "-m", "snapshotd", "serve", "--socket", str(self.socket)]
+        self._command += ["--shm-dir", str(self.memory), "--node-id", label, *flags]
+        self.process = self._launch()
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(self._command, stdout=log, stderr=log, preexec_fn=pinned_to(self.cores), cwd=ROOT)
+
+    def restart(self) -> None:
+        """The daemon is killed, and another one started over what it left; `wait` waits for that."""
+        self.process.kill()
+        self.process.wait()
+        self.process = self._launch()
 
     def wait(self) -> None:
         """Until it answers."""
