@@ -114,6 +114,7 @@ class Daemon:
         self.keeper.on_look = self._looked
         if self._scrubber is not None:
             self._scrubber.idle, self._scrubber.repair = workshop.idle, Mender(peers).repair
+            peers.mend = self._scrubber.mend
         self.keeper.on_orphan = lambda file: workshop.give_up_rebuild(file.arena_id)
         self._caretaker = Caretaker(peers, self.config, self.clock, self.rooms, self.parity_drafts, self.failed)
         self._caretaker.idle, self.keeper.on_recovery = workshop.idle, self._caretaker.give_up

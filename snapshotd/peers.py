@@ -70,7 +70,8 @@ class Means:
 
 
 class Peers:
-    """Mesh and streams of one daemon. `on_heard` is called after a generation's knowledge of others has changed."""
+    """Mesh and streams of one daemon. `on_heard` is called after a generation's knowledge of others has changed, `mend`
+    with blocks of ours that a peer came upon and that are bad; it gives None where it leaves them alone."""
 
     def __init__(
         self,
@@ -87,6 +88,7 @@ class Peers:
         self._means = means
         self.identity = Identity(keeper.root, clock) if config.authenticate else None
         self.on_heard: Callable[[Generation], None] = lambda _: None
+        self.mend: Callable[[ArenaFile, int, wire.SnapshotId, list[int]], object] = lambda *_: None
         self._loop = asyncio.get_running_loop()
         self._answer, self._dropped = answer, dropped
         last = keeper.root.last_daemon()
@@ -312,8 +314,10 @@ class Peers:
         def settle() -> None:
             file.checking = False
             self.keeper.unpin(file, doubt.slot)
-            if not future.cancelled() and future.exception() is None and future.result():
-                why = f"a peer found it damaged, and {len(future.result())} blocks fail their checksum here too"
+            if not future.cancelled() and future.exception() is None and (bad := future.result()):
+                if self.mend(file, doubt.slot, doubt.snapshot, bad) is not None:
+                    return
+                why = f"a peer found it damaged, and {len(bad)} blocks fail their checksum here too"
                 self.keeper.quarantine(wire.Quarantine(doubt.arena, doubt.slot, doubt.snapshot, why))
                 self.keeper.look(self.keeper.generation_of(file))
 

@@ -2,8 +2,8 @@
 
 `consider` is called once a second. What has been committed for `scrub_every` is read in parts, at `scrub_bandwidth`, on
 one thread of low priority, while nothing is encoded or rebuilt. A slot is held for one part at a time, so that it is
-given away as soon as it is of no use. Bad blocks go to `repair` at once. What that cannot repair is said in `status`
-and tried again with every reading; what nobody can ever repair is set aside.
+given away as soon as it is of no use. Bad blocks go to `repair` at once, those that a peer came upon too (`mend`). What
+that cannot repair is said in `status` and tried again with every reading; what nobody can ever repair is set aside.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class Scrubber:
         self._spots: dict[tuple[bytes, int], _Spot] = {}
         self._lost: dict[bytes, tuple[int, str]] = {}  # by arena: its last commit, and what was set aside then
         self._task: asyncio.Task[None] | None = None
+        self._mending: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()  # a repair of a checksum writes the whole table
         self._ended = asyncio.Event()
 
     def consider(self) -> asyncio.Task[None] | None:
@@ -102,11 +104,39 @@ class Scrubber:
             self._task.add_done_callback(self._over)
         return self._task
 
+    def mend(self, file: ArenaFile, slot: int, snapshot: SnapshotId, bad: list[int]) -> asyncio.Task[None] | None:
+        """Repair blocks now that a peer came upon and that fail here too. None where they are to be set aside: nobody
+        can repair them, or they are not of what this generation has committed. What a recovery chose from, or restores,
+        is left as it was found."""
+        self._look()
+        spot = self._spots.get((file.arena_id, slot))
+        if self._ended.is_set() or self.repair is None or not self._config.scrub_bandwidth:
+            return None
+        if spot is None or spot.snapshot != snapshot or spot.fenced or snapshot.generation != file.generation:
+            return None
+        file.pins[slot] += 1  # before anything else can give it away
+        task = asyncio.get_running_loop().create_task(self._mend(spot, bad))
+        self._mending.add(task)
+        task.add_done_callback(self._mended)
+        return task
+
+    async def _mend(self, spot: _Spot, bad: list[int]) -> None:
+        try:
+            await self._settle(spot, range(0), bad)
+        finally:
+            self._keeper.unpin(spot.file, spot.slot)
+
+    def _mended(self, task: asyncio.Task[None]) -> None:
+        self._mending.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._failed("repairing what a peer found damaged", task.exception())
+
     async def close(self) -> None:
         """End, and wait until no thread touches an arena any more."""
         self._ended.set()
-        if self._task is not None:
-            await asyncio.wait([self._task], timeout=30.0)
+        tasks = [*self._mending, *([self._task] if self._task is not None else [])]
+        if tasks:
+            await asyncio.wait(tasks, timeout=30.0)
         if self._executor is not None:
             self._executor.shutdown()
 
@@ -196,7 +226,8 @@ class Scrubber:
         if self.repair is None:
             mended, spot.why, hopeless = [], "no other node protects it", True
         else:
-            outcome = await self.repair(spot.file, spot.slot, spot.snapshot, bad, self._ended.is_set)
+            async with self._turn:
+                outcome = await self.repair(spot.file, spot.slot, spot.snapshot, bad, self._ended.is_set)
             mended, spot.why, hopeless = outcome.blocks, outcome.why, outcome.beyond_help
         self._keeper.metrics.add("scrub_repaired", len(mended))
         spot.bad -= set(mended)

@@ -183,6 +183,23 @@ def test_a_doubt_about_bytes_that_are_good_sets_nothing_aside(living: tuple[Node
     assert scene.counter(1, "quarantined") == 0
 
 
+def test_a_doubt_that_holds_has_the_bytes_repaired_from_the_group_and_sets_nothing_aside(
+    living: tuple[Nodes, Cast],
+) -> None:
+    scene, cast = living
+    shard = next(one for inventory in cast.inventories() for one in inventory.shards if one.rank == 1)
+    arena = scene.arena(1)
+    was = arena.contents()
+    arena.flip(100)
+    doubt = wire.Doubt("test", generation_id(cast.generation), shard.arena, shard.slot, shard.snapshot, "they rotted")
+    with peer(scene, 1) as another:
+        another.say(wire.pack(doubt))
+        until(lambda: scene.counter(1, "scrub_repaired") == 1, "a repair of the block")
+    assert arena.contents() == was
+    assert scene.counter(1, "quarantined") == 0
+    goes_on(scene, cast)
+
+
 # --- byte streams -----------------------------------------------------------------------------------------------------
 
 

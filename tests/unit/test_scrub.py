@@ -111,6 +111,11 @@ class Scene:
         return checked, found, repaired
 
     @property
+    def snapshot(self) -> SnapshotId:
+        """What is committed in the first slot."""
+        return SnapshotId(self.file.generation, STEP)
+
+    @property
     def rotten(self) -> list[str]:
         told: list[str] = self.scrubber.facts()["rotten"]
         return told
@@ -309,3 +314,111 @@ def test_the_end_of_the_daemon_ends_a_slow_reading(play: Callable[..., None]) ->
         assert scene.scrubber.consider() is None
 
     play(do, replace(CONFIG, scrub_bandwidth=1))
+
+
+# --- what a peer came upon
+
+
+async def mended(scene: Scene, bad: list[int], snapshot: SnapshotId | None = None) -> bool:
+    """A peer came upon these blocks: whether the scrubber took them, once it is done with them."""
+    task = scene.scrubber.mend(scene.file, 0, snapshot or scene.snapshot, bad)
+    if task is not None:
+        assert scene.file.pins[0] == 1, "held from now on, and not only from when the repair begins"
+        await task
+    assert not scene.failures
+    return task is not None
+
+
+def test_what_a_peer_found_is_repaired_at_once_and_besides_other_work(play: Callable[..., None]) -> None:
+    async def do(scene: Scene) -> None:
+        scene.scrubber.idle = lambda: False
+        asked = mending(scene, Done)
+        scene.flip(1)
+        scene.flip(3)
+        assert await mended(scene, [1, 3])
+        assert (asked, scene.counts(), scene.rotten) == ([[1, 3]], (0, 2, 2), [])
+        assert not scene.file.quarantined
+
+    play(do)
+
+
+def test_what_a_peer_found_and_nobody_can_repair_now_is_told_and_tried_again_with_the_next_reading(
+    play: Callable[..., None],
+) -> None:
+    async def do(scene: Scene) -> None:
+        mending(scene, lambda bad: Done(why="nobody answers"))
+        scene.flip(2)
+        assert await mended(scene, [2])
+        assert "1 block whose checksum fails, not repaired: nobody answers" in scene.rotten[0]
+        assert not scene.file.quarantined
+        mending(scene, Done)
+        await scene.scrub()
+        assert (scene.counts(), scene.rotten) == ((BLOCKS, 1, 1), [])
+
+    play(do)
+
+
+def test_what_a_peer_found_and_nobody_can_ever_repair_is_set_aside(play: Callable[..., None]) -> None:
+    async def do(scene: Scene) -> None:
+        mending(scene, lambda bad: Done(why="too few are left", beyond_help=True))
+        scene.flip(2)
+        assert await mended(scene, [2])
+        assert scene.metrics.count("quarantined") == 1 and "set aside" in scene.rotten[0]
+
+    play(do)
+
+
+@pytest.mark.parametrize("what", ["another snapshot", "an earlier generation", "a recovery", "no peers", "the end"])
+def test_what_is_not_the_scrubbers_to_repair_is_left_to_be_set_aside(what: str, play: Callable[..., None]) -> None:
+    async def do(scene: Scene) -> None:
+        asked = mending(scene, Done)
+        snapshot = scene.snapshot
+        if what == "another snapshot":
+            snapshot = SnapshotId(snapshot.generation, STEP + 1)
+        elif what == "an earlier generation":
+            scene.file.amend(generation=2)
+        elif what == "a recovery":
+            scene.keeper.fence("job")
+        elif what == "no peers":
+            scene.scrubber.repair = None
+        else:
+            await scene.scrubber.close()
+        assert not await mended(scene, [1], snapshot)
+        assert asked == []
+
+    play(do)
+
+
+def test_nothing_is_repaired_for_a_peer_where_the_scrubber_is_off(play: Callable[..., None]) -> None:
+    async def do(scene: Scene) -> None:
+        asked = mending(scene, Done)
+        assert not await mended(scene, [1])
+        assert asked == []
+
+    play(do, replace(CONFIG, scrub_bandwidth=0))
+
+
+def test_the_end_of_the_daemon_waits_for_a_repair(play: Callable[..., None]) -> None:
+    async def do(scene: Scene) -> None:
+        begun, goes_on = asyncio.Event(), asyncio.Event()
+        told: list[bool] = []
+
+        async def repair(
+            file: ArenaFile, slot: int, snapshot: SnapshotId, bad: list[int], cancelled: Callable[[], bool]
+        ) -> Done:
+            begun.set()
+            await goes_on.wait()
+            told.append(cancelled())
+            return Done(why="this daemon ended")
+
+        scene.scrubber.repair = repair
+        assert scene.scrubber.mend(scene.file, 0, scene.snapshot, [1]) is not None
+        await begun.wait()
+        end = asyncio.ensure_future(scene.scrubber.close())
+        await asyncio.sleep(0)
+        assert not end.done()
+        goes_on.set()
+        await end
+        assert told == [True], "it is told that the daemon ends"
+
+    play(do)
