@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 
 from benchmarks.copy import machine
 from benchmarks.holder import Holder, protect_together
-from benchmarks.nodes import Node, nodes
+from benchmarks.nodes import Node, nodes, until
 from snapshotd import wire
 from snapshotd.errors import DaemonUnavailable
 
@@ -88,7 +88,7 @@ def measure(slot_bytes: int, rounds: int) -> Result:
         try:
             protect_together([holder], SNAPSHOTS[0], [data], slot_bytes, 0)
             holder.take(SNAPSHOTS[1], 1, data)
-            until_committed(holder)
+            until(lambda: holder.arena.committed_step == SNAPSHOTS[1].step, f"the commit of {SNAPSHOTS[1]}")
             holder.door.close()
             times = [(started_s(full[0], has_commit), started_s(bare[0], answers)) for _ in range(rounds)]
         finally:
@@ -101,15 +101,6 @@ def measure(slot_bytes: int, rounds: int) -> Result:
         ratio=round(statistics.median(adopted / plain for adopted, plain in times), 3),
         target_s=ADOPTED_S_MAX,
     )
-
-
-def until_committed(holder: Holder) -> None:
-    """Until the second snapshot is committed. SystemExit if it never is."""
-    deadline_s = time.perf_counter() + PATIENCE_S
-    while holder.arena.committed_step < SNAPSHOTS[1].step:
-        if time.perf_counter() > deadline_s:
-            raise SystemExit("the second snapshot was not committed")
-        time.sleep(LOOK_EVERY_S)
 
 
 def main() -> int:

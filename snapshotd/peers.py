@@ -88,7 +88,8 @@ class Peers:
         self._means = means
         self.identity = Identity(keeper.root, clock) if config.authenticate else None
         self.on_heard: Callable[[Generation], None] = lambda _: None
-        self.mend: Callable[[ArenaFile, int, wire.SnapshotId, list[int]], object] = lambda *_: None
+        self.mend: Callable[[ArenaFile, int, wire.SnapshotId, list[int]], asyncio.Task[None] | None]
+        self.mend = lambda *_: None
         self._loop = asyncio.get_running_loop()
         self._answer, self._dropped = answer, dropped
         last = keeper.root.last_daemon()
@@ -311,12 +312,18 @@ class Peers:
             future.add_done_callback(functools.partial(self._doubt_settled, file, doubt))
 
     def _doubt_settled(self, file: ArenaFile, doubt: wire.Doubt, future: Future[list[int]]) -> None:
-        def settle() -> None:
+        def over(_: object = None) -> None:
             file.checking = False
+
+        def settle() -> None:
             self.keeper.unpin(file, doubt.slot)
-            if not future.cancelled() and future.exception() is None and (bad := future.result()):
-                if self.mend(file, doubt.slot, doubt.snapshot, bad) is not None:
-                    return
+            bad = [] if future.cancelled() or future.exception() is not None else future.result()
+            mending = self.mend(file, doubt.slot, doubt.snapshot, bad) if bad else None
+            if mending is not None:
+                mending.add_done_callback(over)  # no other doubt is looked into before, so no repairs pile up
+                return
+            over()
+            if bad:
                 why = f"a peer found it damaged, and {len(bad)} blocks fail their checksum here too"
                 self.keeper.quarantine(wire.Quarantine(doubt.arena, doubt.slot, doubt.snapshot, why))
                 self.keeper.look(self.keeper.generation_of(file))

@@ -168,7 +168,7 @@ SNAPSHOTD_SSE42 inline uint32_t reduce_lane(__m128i lane) {
     return static_cast<uint32_t>(_mm_crc32_u64(wide, static_cast<uint64_t>(_mm_extract_epi64(lane, 1))));
 }
 
-// --- a page at a time: its first half is folded in vectors while three instructions' chains take the other half
+// --- a page at a time: its first half is folded in vectors while three chains of the instruction take the other
 
 #define SNAPSHOTD_AVX2 __attribute__((target("sse4.2,pclmul,avx2,vpclmulqdq")))
 

@@ -7,15 +7,17 @@ from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from snapshotd import _native, scrub
+from snapshotd import _native, scrub, wire
 from snapshotd.arena import SLOTS, ArenaFile
 from snapshotd.config import DaemonConfig
 from snapshotd.keeper import Keeper
 from snapshotd.metrics import Metrics
+from snapshotd.peers import Peers
 from snapshotd.root import Root
 from snapshotd.scrub import Scrubber
 from snapshotd.wire import SnapshotId
@@ -420,5 +422,33 @@ def test_the_end_of_the_daemon_waits_for_a_repair(play: Callable[..., None]) -> 
         goes_on.set()
         await end
         assert told == [True], "it is told that the daemon ends"
+
+    play(do)
+
+
+def test_no_other_doubt_about_an_arena_is_looked_into_before_the_repair_is_over(play: Callable[..., None]) -> None:
+    async def do(scene: Scene) -> None:
+        begun, goes_on = asyncio.Event(), asyncio.Event()
+
+        async def repair(
+            file: ArenaFile, slot: int, snapshot: SnapshotId, bad: list[int], cancelled: Callable[[], bool]
+        ) -> Done:
+            begun.set()
+            await goes_on.wait()
+            return Done(bad)
+
+        scene.scrubber.repair = repair
+        peers = SimpleNamespace(keeper=scene.keeper, mend=scene.scrubber.mend, _loop=asyncio.get_running_loop())
+        found: Future[list[int]] = Future()
+        found.set_result([1])
+        scene.file.pins[0] += 1
+        scene.file.checking = True
+        doubt = wire.Doubt("job", scene.file.generation, scene.file.arena_id, 0, scene.snapshot, "it rotted")
+        Peers._doubt_settled(cast(Peers, peers), scene.file, doubt, found)
+        await begun.wait()
+        assert scene.file.checking
+        goes_on.set()
+        await scene.scrubber.close()
+        assert not scene.file.checking and not scene.file.quarantined
 
     play(do)
