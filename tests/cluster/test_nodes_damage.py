@@ -100,7 +100,8 @@ def test_a_lost_shard_is_decoded_past_flipped_bits_in_another_shard_whose_node_i
         damaged = scene.arena(2)
         for place in (100, 9000):  # one in each of its two pieces: whoever stands where, the newcomer meets one
             damaged.flip(place)
-        with pytest.raises(AssertionError, match="checksum"):  # the puppets' own look at what is there
+        # The puppets' own look at what is there meets the damage, or comes after the node has set that shard aside.
+        with pytest.raises(AssertionError, match=r"checksum|3 of 4 shards are here, 1 will be rebuilt"):
             cast.begin()
         assert scene.counter(3, "rebuilt") == 1
         until(lambda: scene.counter(2, "quarantined") == 1, "the damaged shard set aside on its own node")
