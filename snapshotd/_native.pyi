@@ -449,7 +449,7 @@ class Watch:
 
     `links` are `(container, key, expected)`: `container[key] is expected` for dicts and lists (without calling
     `__missing__`), or the attribute `key` for any other container. `sizes` are `(container, length)`. `tensors` are
-    `(tensor, pointer)`: `tensor.data_ptr() == pointer`.
+    `(tensor, pointer, versioned)`: `tensor.data_ptr() == pointer`, and whether its `_version` is to be noted.
     """
 
     def __init__(
@@ -457,13 +457,12 @@ class Watch:
         *,
         links: Sequence[tuple[Any, Any, Any]],
         sizes: Sequence[tuple[Any, int]],
-        tensors: Sequence[tuple[Any, int]],
+        tensors: Sequence[tuple[Any, int, bool]],
     ) -> None: ...
     def structure_changed(self) -> bool:
         """True when a container's length or a link is not as planned."""
     def pointers_changed(self) -> bool:
-        """True when a tensor lies elsewhere than planned."""
-    def note_versions(self) -> None:
-        """Remember every tensor's `_version` (-1 where it has none)."""
+        """True when a tensor lies elsewhere than planned. Where none does, the `_version` of every tensor that is
+        `versioned` is noted in the same pass (-1 where it has none)."""
     def versions_moved(self) -> int:
-        """Index of the first tensor whose `_version` differs from the one noted; -1 where none does."""
+        """Index in `tensors` of the first whose `_version` differs from the one noted; -1 where none does."""

@@ -113,6 +113,7 @@ class Copier:
     def begin(self, layout: Layout, session: Session, step: int, host: bytes, wake_fd: int) -> str:
         """Claim a slot and start the copy; the reason in words if this step goes without.
 
+        What is written after the layout's watch was asked last spoils the snapshot.
         `wake_fd` is an eventfd that grows when the copy is over, -1: none.
         """
         with self._lock:
@@ -138,7 +139,6 @@ class Copier:
             self._write_header(index, layout)
             self._write_host(index, layout, host)
             crash_point("cut.hosted")
-            layout.versions.note_versions()
             began_s = self._clock.monotonic_s()
             if layout.gpu is None:
                 self.engine.begin(layout.plan, index, wake_fd)
@@ -236,10 +236,10 @@ class Copier:
 
     def _written(self, running: _Running) -> str:
         """Which tensor was written since the copy began, in words."""
-        moved = running.layout.versions.versions_moved()
+        moved = running.layout.watch.versions_moved()
         if moved < 0:
             return ""
-        name = running.layout.parts_later_name(moved)
+        name = running.layout.watched_name(moved)
         return f"{name} was written between guard.step() and the next optimizer step"
 
     def _end(self, running: _Running, reason: str) -> None:

@@ -66,7 +66,6 @@ class Layout:
     outside: list[str]
     plan: _native.Plan
     watch: _native.Watch
-    versions: _native.Watch
     signature: tuple[Any, ...]
     gpu: OnDevice | None = None
     _outside_pointers: list[int] = field(default_factory=list)
@@ -81,8 +80,8 @@ class Layout:
         """First byte and capacity of the host tensor in the file."""
         return self.manifest.span(f"{self.world.own_prefix}host")
 
-    def parts_later_name(self, index: int) -> str:
-        """The name of a tensor by its place in `versions`."""
+    def watched_name(self, index: int) -> str:
+        """The name of a tensor by its place in `watch`."""
         return self._watched[index]
 
     def point_outside(self, outside: Mapping[str, torch.Tensor]) -> bool:
@@ -161,8 +160,12 @@ def build(
     now = [part for part in in_host if part.leaf.now or on_gpu is not None]
     later = [part for part in in_host if not part.leaf.now and on_gpu is None]
     beside = later if on_gpu is None else [part for part in parts if gpu.is_on_gpu(part.tensor) and not part.leaf.now]
+    copied_later = {part.leaf.name for part in beside}  # a write before the copy is over must be seen
     extra_in_host = [part for part in extra_items if not gpu.is_on_gpu(part.tensor)]
     links = [link for leaf in leaves for link in leaf.links]
+    tensors = [_watched(leaf, leaf.name in copied_later) for leaf in leaves]
+    watch = _native.Watch(links=links, sizes=list(sizes), tensors=tensors)
+    watch.pointers_changed()  # notes the versions
     return Layout(
         world=world,
         manifest=manifest,
@@ -173,15 +176,14 @@ def build(
             now=[part.item(manifest.places[part.leaf.name]) for part in (*now, *extra_in_host)],
             later=[part.item(manifest.places[part.leaf.name]) for part in later],
         ),
-        watch=_native.Watch(links=links, sizes=list(sizes), tensors=[_watched(leaf) for leaf in leaves]),
-        versions=_native.Watch(links=[], sizes=[], tensors=[_watched(part.leaf) for part in beside]),
+        watch=watch,
         signature=signature_of(leaves, groups),
         gpu=on_gpu,
         _outside_pointers=[part.tensor.data_ptr() for part in extra_in_host],
         _outside_on_gpu=[part.leaf.name for part in extra_items if gpu.is_on_gpu(part.tensor)],
         _now=now,
         _later=later,
-        _watched=[part.leaf.name for part in beside],
+        _watched=[leaf.name for leaf in leaves],
     )
 
 
@@ -198,10 +200,11 @@ def _on_device(parts: Sequence[Part], manifest: Manifest) -> OnDevice | None:
     return made
 
 
-def _watched(leaf: Leaf) -> tuple[torch.Tensor, int]:
-    """The user's own tensor and where it lies; a detached alias would stay behind at `parameter.data = ...`."""
+def _watched(leaf: Leaf, versioned: bool) -> tuple[torch.Tensor, int, bool]:
+    """The user's own tensor, for the watch; a detached alias would stay behind at `parameter.data = ...`."""
     found = leaf.links[-1][2] if leaf.links else leaf.local
-    return leaf.local if tree.is_dtensor(found) else found, leaf.local.data_ptr()
+    tensor = leaf.local if tree.is_dtensor(found) else found
+    return tensor, leaf.local.data_ptr(), versioned
 
 
 def _outside_leaf(name: str, tensor: torch.Tensor, world: World) -> Leaf:

@@ -86,9 +86,9 @@ std::unique_ptr<Watch> make_watch(const py::sequence& links, const py::sequence&
     }
     for (py::handle item : tensors) {
         auto tensor = py::cast<py::tuple>(item);
-        if (tensor.size() != 2) throw std::invalid_argument("a tensor must be (tensor, pointer)");
+        if (tensor.size() != 3) throw std::invalid_argument("a tensor must be (tensor, pointer, versioned)");
         py::object object = tensor[0], pointer = tensor[1];
-        watch->add_tensor(object.ptr(), to_unsigned(pointer, "a tensor's pointer"));
+        watch->add_tensor(object.ptr(), to_unsigned(pointer, "a tensor's pointer"), py::cast<bool>(tensor[2]));
     }
     return watch;
 }
@@ -98,7 +98,6 @@ void bind_watch(py::module_& m) {
         .def(py::init(&make_watch), py::kw_only(), "links"_a, "sizes"_a, "tensors"_a)
         .def("structure_changed", &Watch::structure_changed)
         .def("pointers_changed", &Watch::pointers_changed)
-        .def("note_versions", &Watch::note_versions)
         .def("versions_moved", &Watch::versions_moved);
 }
 

@@ -34,9 +34,8 @@ PyObject* look_up(PyObject* dict, PyObject* key, [[maybe_unused]] Py_hash_t hash
     return found;
 }
 
-// Inference tensors have no version and raise.
-int64_t version_of(PyObject* tensor) {
-    PyObject* value = PyObject_GetAttr(tensor, version_name());
+// -1 where it makes no sense, without an error. Takes the reference.
+int64_t version_in(PyObject* value) {
     if (value == nullptr) {
         PyErr_Clear();
         return kNoVersion;
@@ -47,8 +46,8 @@ int64_t version_of(PyObject* tensor) {
     return version;
 }
 
-bool lies_at(PyObject* tensor, uint64_t pointer) {
-    PyObject* value = PyObject_CallMethodNoArgs(tensor, data_ptr_name());
+// Takes the reference.
+bool is_pointer(PyObject* value, uint64_t pointer) {
     if (value == nullptr) {
         PyErr_Clear();
         return false;
@@ -60,6 +59,13 @@ bool lies_at(PyObject* tensor, uint64_t pointer) {
         return false;
     }
     return found == pointer;
+}
+
+// A member as the type has it, or null without an error.
+PyObject* member(PyTypeObject* type, PyObject* name) {
+    PyObject* found = PyObject_GetAttr(reinterpret_cast<PyObject*>(type), name);
+    if (found == nullptr) PyErr_Clear();
+    return found;
 }
 
 PyObject* kept(PyObject* object) {
@@ -102,8 +108,47 @@ void Watch::add_size(PyObject* container, Py_ssize_t length) {
     sizes_.push_back({kept(container), length});
 }
 
-void Watch::add_tensor(PyObject* tensor, uint64_t pointer) {
-    tensors_.push_back({kept(tensor), pointer, kNotNoted});
+void Watch::add_tensor(PyObject* tensor, uint64_t pointer, bool versioned) {
+    tensors_.push_back({kept(tensor), pointer, kNotNoted, kind_of(Py_TYPE(tensor)), versioned});
+}
+
+uint32_t Watch::kind_of(PyTypeObject* type) {
+    for (size_t i = 0; i < types_.size(); ++i) {
+        if (types_[i].type == type) return static_cast<uint32_t>(i);
+    }
+    Type made{};
+    made.type = type;
+    Py_INCREF(type);
+    made.pointer = member(type, data_ptr_name());
+    if (made.pointer != nullptr && Py_IS_TYPE(made.pointer, &PyMethodDescr_Type)) {
+        const PyMethodDef* method = reinterpret_cast<PyMethodDescrObject*>(made.pointer)->d_method;
+        if (method->ml_flags == METH_NOARGS) made.data_ptr = method->ml_meth;
+    }
+    made.version = member(type, version_name());
+    if (made.version != nullptr && Py_IS_TYPE(made.version, &PyGetSetDescr_Type)) {
+        const PyGetSetDef* attribute = reinterpret_cast<PyGetSetDescrObject*>(made.version)->d_getset;
+        made.version_of = attribute->get;
+        made.closure = attribute->closure;
+    }
+    types_.push_back(made);
+    return static_cast<uint32_t>(types_.size() - 1);
+}
+
+// The type is compared each time: an object's may be changed.
+bool Watch::lies_at(const Tensor& tensor) const {
+    const Type& type = types_[tensor.kind];
+    bool direct = type.data_ptr != nullptr && Py_IS_TYPE(tensor.object, type.type);
+    return is_pointer(
+        direct ? type.data_ptr(tensor.object, nullptr) : PyObject_CallMethodNoArgs(tensor.object, data_ptr_name()),
+        tensor.pointer);
+}
+
+// Inference tensors have no version and raise.
+int64_t Watch::version_of(const Tensor& tensor) const {
+    const Type& type = types_[tensor.kind];
+    bool direct = type.version_of != nullptr && Py_IS_TYPE(tensor.object, type.type);
+    return version_in(direct ? type.version_of(tensor.object, type.closure)
+                             : PyObject_GetAttr(tensor.object, version_name()));
 }
 
 bool Watch::holds(const Link& link) {
@@ -136,20 +181,18 @@ bool Watch::structure_changed() const {
     return false;
 }
 
-bool Watch::pointers_changed() const {
-    for (const Tensor& tensor : tensors_) {
-        if (!lies_at(tensor.object, tensor.pointer)) return true;
+// One pass for both questions: after a training step no tensor is in a cache, and fetching them is most of the cost.
+bool Watch::pointers_changed() {
+    for (Tensor& tensor : tensors_) {
+        if (!lies_at(tensor)) return true;
+        if (tensor.versioned) tensor.version = version_of(tensor);
     }
     return false;
 }
 
-void Watch::note_versions() {
-    for (Tensor& tensor : tensors_) tensor.version = version_of(tensor.object);
-}
-
 Py_ssize_t Watch::versions_moved() const {
     for (size_t i = 0; i < tensors_.size(); ++i) {
-        if (tensors_[i].version != kNotNoted && version_of(tensors_[i].object) != tensors_[i].version) {
+        if (tensors_[i].version != kNotNoted && version_of(tensors_[i]) != tensors_[i].version) {
             return static_cast<Py_ssize_t>(i);
         }
     }
@@ -164,6 +207,11 @@ int Watch::traverse(visitproc visit, void* arg) const {
     }
     for (const Size& size : sizes_) Py_VISIT(size.container);
     for (const Tensor& tensor : tensors_) Py_VISIT(tensor.object);
+    for (const Type& type : types_) {
+        Py_VISIT(type.type);
+        Py_VISIT(type.pointer);
+        Py_VISIT(type.version);
+    }
     return 0;
 }
 
@@ -172,9 +220,11 @@ void Watch::clear() {
     std::vector<Link> links;
     std::vector<Size> sizes;
     std::vector<Tensor> tensors;
+    std::vector<Type> types;
     links.swap(links_);
     sizes.swap(sizes_);
     tensors.swap(tensors_);
+    types.swap(types_);
     for (Link& link : links) {
         Py_DECREF(link.container);
         Py_DECREF(link.key);
@@ -182,6 +232,11 @@ void Watch::clear() {
     }
     for (Size& size : sizes) Py_DECREF(size.container);
     for (Tensor& tensor : tensors) Py_DECREF(tensor.object);
+    for (Type& type : types) {
+        Py_XDECREF(type.pointer);
+        Py_XDECREF(type.version);
+        Py_DECREF(type.type);
+    }
 }
 
 }  // namespace snapshotd

@@ -75,6 +75,7 @@ class Rig:
 
     def begin(self, step: int) -> str:
         host = pack(self.state.host(step).document)
+        assert not self.layout.watch.pointers_changed()  # as at every cut, which notes the versions
         return self.copier.begin(self.layout, SESSION, step, host, self.wake_fd)
 
     def settled(self) -> Settled:

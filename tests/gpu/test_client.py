@@ -53,6 +53,7 @@ def test_a_slot_holds_the_state_at_the_cut_and_gives_it_back() -> None:
     os.close(fd)
     for step in range(20):
         expected = {leaf.name: leaf.local.clone() for leaf in state.leaves()}
+        assert not layout.watch.pointers_changed()  # as at every cut, which notes the versions
         assert copier.begin(layout, SESSION, step + 1, pack(state.host(step).document), -1) == "", copier.trouble
         train()
         assert copier.wait(60.0)

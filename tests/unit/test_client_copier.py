@@ -36,7 +36,9 @@ class Rig:
 
     def begin(self, step: int, layout: Layout | None = None) -> str:
         host = pack(self.state.host(step).document)
-        return self.copier.begin(layout or self.layout, SESSION, step, host, -1)
+        layout = layout or self.layout
+        assert not layout.watch.pointers_changed()  # as at every cut, which notes the versions
+        return self.copier.begin(layout, SESSION, step, host, -1)
 
     def train(self) -> None:
         self.model(torch.randn(3, 8)).square().mean().backward()

@@ -41,7 +41,7 @@ def watch(
     sizes: list[tuple[Any, int]] | None = None,
     tensors: list[tuple[Any, int]] | None = None,
 ) -> _native.Watch:
-    return _native.Watch(links=links or [], sizes=sizes or [], tensors=tensors or [])
+    return _native.Watch(links=links or [], sizes=sizes or [], tensors=[(*one, True) for one in tensors or []])
 
 
 # --- structure
@@ -186,18 +186,48 @@ def test_the_first_tensor_whose_version_moved_is_named() -> None:
     tensors = [Tensor(version=i) for i in range(5)]
     w = watch(tensors=[(tensor, tensor.pointer) for tensor in tensors])
     assert w.versions_moved() == -1  # nothing was noted yet
-    w.note_versions()
+    assert not w.pointers_changed()
     assert w.versions_moved() == -1
     tensors[4]._version += 1
     tensors[3]._version += 1
     assert w.versions_moved() == 3
-    w.note_versions()
+    assert not w.pointers_changed()
     assert w.versions_moved() == -1
 
 
+def test_the_version_of_a_tensor_that_is_copied_at_once_is_not_watched() -> None:
+    tensors = [Tensor(), Tensor()]
+    w = _native.Watch(links=[], sizes=[], tensors=[(tensors[0], 0x1000, False), (tensors[1], 0x1000, True)])
+    assert not w.pointers_changed()
+    tensors[0]._version += 1
+    assert w.versions_moved() == -1
+    tensors[1]._version += 1
+    assert w.versions_moved() == 1
+
+
+def test_a_tensor_whose_class_was_changed_is_asked_as_what_it_is_now() -> None:
+    """Built-in members are called the short way, which is right for objects of their own type alone."""
+    torch = pytest.importorskip("torch")
+    tensor = torch.ones(3)
+
+    class Elsewhere(torch.Tensor):
+        def data_ptr(self) -> int:
+            return 0
+
+        @property
+        def _version(self) -> int:
+            return 77
+
+    w = watch(tensors=[(tensor, tensor.data_ptr())])
+    assert not w.pointers_changed() and w.versions_moved() == -1
+    tensor.__class__ = Elsewhere
+    assert w.versions_moved() == 0
+    assert w.pointers_changed()
+
+
 def test_tensors_without_a_version_do_not_raise() -> None:
-    w = watch(tensors=[(InferenceTensor(), 0x1000), (object(), 1)])
-    w.note_versions()
+    w = watch(tensors=[(InferenceTensor(), 0x1000)])
+    assert not w.pointers_changed()
     assert w.versions_moved() == -1
 
 
@@ -238,7 +268,6 @@ def test_references_are_balanced() -> None:
         w = watch([(container, key, tensor)], [(container, 1)], [(tensor, tensor.pointer)])
         w.structure_changed()
         w.pointers_changed()
-        w.note_versions()
         w.versions_moved()
     del w
     assert [sys.getrefcount(o) for o in (key, tensor, container)] == before
@@ -257,7 +286,6 @@ def test_a_real_model_and_its_optimizer_are_watched() -> None:
     links = [(model._parameters, name, parameter) for name, parameter in model.named_parameters()]
     links += [(optimizer.state, parameter, optimizer.state[parameter]) for parameter in parameters]
     w = watch(links, [(optimizer.state, 2)], [(parameter, parameter.data_ptr()) for parameter in parameters])
-    w.note_versions()
     assert not w.structure_changed() and not w.pointers_changed() and w.versions_moved() == -1
     with torch.no_grad():
         model.bias.add_(1)
@@ -273,5 +301,4 @@ def test_an_inference_tensor_of_torch_has_no_version() -> None:
     with torch.inference_mode():
         tensor = torch.ones(3)
     w = watch(tensors=[(tensor, tensor.data_ptr())])
-    w.note_versions()
-    assert w.versions_moved() == -1 and not w.pointers_changed()
+    assert not w.pointers_changed() and w.versions_moved() == -1
