@@ -3,7 +3,7 @@
 PYTHON ?= python3
 # The release that we test with; where pip does not know it, the newest that suits pyproject.toml is taken.
 TORCH ?= torch==2.13.0
-PROCESSES ?= 2
+PROCESSES ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,15 +11,19 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/native/* csrc/cuda/*.*)
 CXX_FILES := $(wildcard csrc/native/*.cpp csrc/native/*.hpp csrc/cuda/*.cpp csrc/cuda/*.hpp csrc/cuda/*.cu csrc/cuda/*.cuh \
                tests/cuda/sim/*.cpp tests/cuda/sim/*.hpp)
 
-.PHONY: demo test soak chaos fuzz cuda-test cuda-mutants cuda-gate bench lint types layers format clean install
+.PHONY: demo test drills soak chaos fuzz cuda-test cuda-mutants cuda-gate bench lint types layers format clean install
 
 demo: $(STAMP)
 	$(BIN)/snapshotd drill
 
 # conftest.py fails what leaves a file in /dev/shm, a process, a thread or a socket, and looks again at the very end.
-# Half of the suite waits for processes, so two files run side by side; PROCESSES=0 runs one after the other.
+# Half of the suite waits for processes, so three files run side by side; PROCESSES=0 runs one after the other.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile $(PYTEST_ARGS)
+
+# The command's fire drills of four nodes and of five, each of them twenty trainers that import torch.
+drills: $(STAMP)
+	$(BIN)/python -m pytest -m drill $(PYTEST_ARGS) tests/cluster/test_drill.py
 
 # Histories of simulated clusters until told; ends with 1 where an invariant broke or a state was never reached.
 SECONDS ?= 300

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hypothesis
 import psutil
 import pytest
 
@@ -31,6 +32,12 @@ HELPERS = ("multiprocessing.forkserver", "multiprocessing.resource_tracker")
 
 _mark = uuid.uuid4().hex
 os.environ[MARK] = _mark
+# Before torch is imported. Threads that wait for one another by spinning, on cores that other processes need, made a
+# step of a model of a few kilobytes take 130 ms.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test asserts a time; hypothesis would, 200 ms for an example, which a busy machine takes now and then.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 _counter = itertools.count()
 
 

@@ -72,10 +72,17 @@ def test_a_trainer_killed_in_the_middle_of_a_copy_comes_back_bit_for_bit(paralle
 @pytest.mark.parametrize(
     ("arguments", "lost"),
     [
-        (["--nodes", "4", "--parity", "2", "--lose", "2", "--parallel", "fsdp"], [0, 3]),
-        (["--nodes", "5", "--group-size", "3", "--parity", "1", "--lose", "1", "--parallel", "ddp"], [0]),
+        (["--nodes", "3", "--parity", "1", "--lose", "1", "--parallel", "fsdp", "--steps", "14"], [0]),
+        pytest.param(
+            ["--nodes", "4", "--parity", "2", "--lose", "2", "--parallel", "fsdp"], [0, 3], marks=pytest.mark.drill
+        ),
+        pytest.param(
+            ["--nodes", "5", "--group-size", "3", "--parity", "1", "--lose", "1", "--parallel", "ddp"],
+            [0],
+            marks=pytest.mark.drill,
+        ),
     ],
-    ids=["two-of-four", "one-of-a-group-of-five"],
+    ids=["one-of-three", "two-of-four", "one-of-a-group-of-five"],
 )
 def test_nodes_that_are_destroyed_are_rebuilt_bit_for_bit(arguments: list[str], lost: list[int], shm_dir: Path) -> None:
     drill = start(shm_dir, *arguments, "--json")
