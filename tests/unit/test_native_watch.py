@@ -210,7 +210,7 @@ def test_a_tensor_whose_class_was_changed_is_asked_as_what_it_is_now() -> None:
     torch = pytest.importorskip("torch")
     tensor = torch.ones(3)
 
-    class Elsewhere(torch.Tensor):
+    class Elsewhere(torch.Tensor):  # type: ignore[misc, name-defined]
         def data_ptr(self) -> int:
             return 0
 
