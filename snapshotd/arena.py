@@ -86,6 +86,7 @@ class ArenaFile:
     pins: Counter[int] = field(default_factory=Counter)
     doomed: dict[int, SnapshotId] = field(default_factory=dict)
     quarantined: dict[int, tuple[SnapshotId, str]] = field(default_factory=dict)
+    missed: tuple[SnapshotId, str] | None = None  # the committed shard that was set aside, its slot being free again
     bell_fd: int = field(default_factory=lambda: os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
     gone: bool = False
     checking: bool = False  # somebody doubted its bytes, and a thread reads them

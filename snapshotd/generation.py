@@ -398,7 +398,9 @@ class Generation:
         return True
 
     def _clear(self, file: ArenaFile, index: int) -> None:
-        file.quarantined.pop(index, None)
+        bad = file.quarantined.pop(index, None)
+        if bad is not None and bad[0].step == self.ledger.committed:
+            file.missed = bad  # whoever restores asks why it is not here
         file.native.empty(index)
 
     def _announce(self, decision: Decision) -> None:

@@ -94,4 +94,7 @@ def complaints(file: ArenaFile) -> list[str]:
             why = known[1] if known else "its description fails its checksum"
             what = view.snapshot or "an unknown snapshot"
             sentences.append(wire.clip(f"slot {view.index} of rank {file.owner.rank} ({what}) is damaged: {why}"))
+    if file.missed is not None and file.missed[0].step == file.native.committed_step and not file.is_parity:
+        snapshot, why = file.missed
+        sentences.append(wire.clip(f"the shard of rank {file.owner.rank} of {snapshot} was set aside: {why}"))
     return sentences

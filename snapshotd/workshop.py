@@ -412,7 +412,7 @@ class Workshop:
                 lambda: state.cancelled.is_set() or self._peers.ended() or file.gone,
             )  # fmt: skip
             file.native.publish(index, job.shape.file_bytes)
-            published = True
+            published, file.missed = True, None
             crash_point("rebuild.published")
             generation = self._keeper.generation_of(file)
             for holding in doubtful:

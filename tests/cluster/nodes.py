@@ -256,6 +256,9 @@ def nodes(
     made = Nodes(shm_dir, folder, count, *flags, crash=crash, authenticate=authenticate)
     try:
         yield made.start()
+    except BaseException:
+        print(made.logs())  # pytest shows it beside the failure
+        raise
     finally:
         made.close()
 

@@ -377,6 +377,30 @@ def test_a_quarantined_shard_is_never_offered_again(daemon: Node) -> None:
         reader.order("open_shard", arena.hex(), 0, 1, 1)
 
 
+@pytest.mark.parametrize("newer", [False, True])
+def test_why_a_committed_shard_was_set_aside_is_told_until_something_newer_is_committed(
+    newer: bool, daemon: Node
+) -> None:
+    trainer, reader = daemon.puppet(), daemon.puppet()
+    arena = trainer.attach()
+    slot = trainer.snapshot(1)
+    becomes(trainer, {1: "COMMITTED"})
+    reader.connect()
+    reader.order("quarantine", arena.hex(), slot, 1, 1, "block 3 fails its checksum")
+    trainer.order("ring")
+    until(lambda: trainer.slots() == {}, "the end of what is damaged")
+    if newer:
+        trainer.snapshot(2)
+        becomes(trainer, {2: "COMMITTED"})
+    trainer.kill()
+    until(lambda: daemon.counter("deaths"), "its death")
+    inventory = reader.inventory()
+    told = f"the shard of rank 0 of {snapshot_id(1, 1)} was set aside: block 3 fails its checksum"
+    assert inventory.damaged == ([] if newer else [told])
+    choice = recovery.choose([inventory])
+    assert choice.lost is not newer and (told in choice.why) is not newer
+
+
 # --- freeing -------------------------------------------------------------------------------------
 
 
