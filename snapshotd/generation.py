@@ -7,7 +7,7 @@ order in which it came, because that order is what makes a crash in between harm
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from snapshotd import _native, wire
 from snapshotd.arena import ArenaFile
@@ -82,6 +82,7 @@ class Generation:
         self.over = False  # every rank of every node closed its run: nothing of it is wanted back
         self.trouble = ""  # why nothing is protected here, for people
         self._obeyed = 0
+        self._aborts_told: Sequence[int] = ()
         self.told = (0, 0)  # commits and aborts, as a coordinator elsewhere counts them
         self._node, self._metrics, self._repeats = node, metrics, repeats
         self._by_ordinal: dict[int, ArenaFile] = {}
@@ -180,7 +181,7 @@ class Generation:
         decisions: list[Decision] = []
         for _ in range(ROUNDS_MAX):
             changed = self._observe()
-            fresh = self._decide(self._name(), self.node_state())
+            fresh = self._decide(self._name(), self.node_state()) + self._abort_as_told()
             decisions += fresh
             if not fresh and not changed:
                 break
@@ -264,20 +265,31 @@ class Generation:
         committed = self.ledger.committed or 0
         if decree.committed > committed:
             decisions.append(Commit(decree.committed, f"{cohort.name(decree.node)} said so"))
-        decisions += [
-            Abort(step, f"{cohort.name(decree.node)} said so")
-            for step in decree.aborted
-            if step > max(committed, decree.committed)
-            and step in self.ledger.state().steps(Progress.DAMAGED)
-            and not self.ledger.has_aborted(step)
-        ]
         for decision in decisions:
             self._carry_out(decision)
+        self._aborts_told = decree.aborted
+        decisions += self._abort_as_told()
         self.told = decree.commits, decree.aborts
         if decree.naming and (decree.naming, decree.next_step) != (self.heard, self.next_step):
             self.heard, self.next_step = decree.naming, decree.next_step
             for file in self.rank_files():
                 name(file, decree.next_step)
+        return decisions
+
+    def _abort_as_told(self) -> list[Decision]:
+        """Carry out what the coordinator aborted of what is held here. Not only when it is heard: a rank may have begun
+        such a step since the last look, or begins it yet, and would keep its slot from the next."""
+        cohort, state, committed = self.cohort, self.ledger.state(), self.ledger.committed or 0
+        if cohort is None or not self._aborts_told:
+            return []
+        held = state.steps(Progress.DAMAGED)
+        decisions: list[Decision] = [
+            Abort(step, f"{cohort.name(cohort.coordinator)} said so")
+            for step in self._aborts_told
+            if step > committed and step in held and not self.ledger.has_aborted(step)
+        ]
+        for decision in decisions:
+            self._carry_out(decision)
         return decisions
 
     def decree(self, serial: int, closed: bool) -> wire.Decree:
