@@ -279,10 +279,10 @@ class Generation:
     def _abort_as_told(self) -> list[Decision]:
         """Carry out what the coordinator aborted of what is held here. Not only when it is heard: a rank may have begun
         such a step since the last look, or begins it yet, and would keep its slot from the next."""
-        cohort, state, committed = self.cohort, self.ledger.state(), self.ledger.committed or 0
+        cohort, committed = self.cohort, self.ledger.committed or 0
         if cohort is None or not self._aborts_told:
             return []
-        held = state.steps(Progress.DAMAGED)
+        held = self.ledger.state().steps(Progress.DAMAGED)
         decisions: list[Decision] = [
             Abort(step, f"{cohort.name(cohort.coordinator)} said so")
             for step in self._aborts_told
